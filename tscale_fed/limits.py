@@ -1,0 +1,49 @@
+"""Sizes, rates and times of this room, unit in the name, reason beside it. Numbers without a measured reason say "guess"."""
+
+from __future__ import annotations
+
+# Control socket: the peer's answer to `tscale-status`.
+CONTROL_PATH_BYTES = 100
+"""A unix socket path holds 108 bytes on Linux and 104 on macOS, one of them a zero; longer homes use a short path elsewhere."""
+CONTROL_REQUEST_BYTES = 4 * 1024
+"""One request line. The longest real one is about 60 bytes."""
+CONTROL_REPLY_BYTES = 4 * 1024 * 1024
+"""What a client reads before it gives up. A snapshot of 256 peers is about 70 kB."""
+CONTROL_CLIENTS = 8
+"""Open screens and scripts at once: a person has one or two, and each costs one encoding of the snapshot per second."""
+CONTROL_IDLE_S = 30.0
+"""A client that connected and asks nothing for this long is closed (guess)."""
+CONTROL_WRITE_S = 5.0
+"""A client that takes nothing for this long is closed; its missed snapshots are dropped, not queued (guess)."""
+CONTROL_COMMAND_S = 30.0
+"""Longest wait for a command such as `stop` to be accepted by the peer."""
+CONTROL_ANSWER_S = 5.0
+"""How long a client waits for a snapshot. The event loop answers within 50 ms even while it trains."""
+SUBSCRIBE_INTERVAL_S = 1.0
+"""Snapshots per subscriber: one a second is what a person can read."""
+
+# Status snapshot.
+RECENT_STATES = 32
+"""(applied digest, basepoint hash) pairs kept, so that peers that never stand still can be compared."""
+LOSS_POINTS = 512
+"""Points of the loss curve in a snapshot; older ones are thinned out, see `LossHistory`."""
+STATUS_EVENTS = 100
+"""Events in a snapshot: more than a tall terminal shows."""
+EVENT_CHARACTERS = 240
+"""Longest event text; peers can cause events, so they are cut."""
+
+# Console.
+PLAIN_STATUS_INTERVAL_S = 10.0
+"""One status line per 10 s when the output is not a terminal (a log file)."""
+LIVE_INTERVAL_S = 0.2
+"""Redraw of the line at the bottom of a terminal, at most."""
+PROGRESS_RATE_WINDOW_S = 5.0
+"""A transfer's rate is the mean over this long."""
+
+# Status screen.
+RECONNECT_INTERVAL_S = 1.0
+"""How often a screen whose peer is gone looks whether it is back."""
+
+# Demo.
+DEMO_SECONDS = 120
+"""Default length of the training part of the demo, chosen so that the whole ends within 3 minutes on 2 CPU cores."""

@@ -1,0 +1,202 @@
+"""One snapshot of a running peer. Screen, `tscale-status --json`, log line and tests all read this one struct.
+
+Enters: the running peer fills it about once a second. Leaves: JSON through `encode`/`decode` (strict: unknown fields are an error,
+so that screen and peer of different versions say so instead of showing nonsense). Units stand in the field names; a number that is
+not known yet is None, never 0. Hashes and digests are lower-case hex.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Literal
+
+import msgspec
+
+from tscale_fed.limits import EVENT_CHARACTERS, LOSS_POINTS, RECENT_STATES, STATUS_EVENTS
+from tscale_fed.units import plain
+
+Phase = Literal["joining", "training", "paused", "leaving"]
+PeerState = Literal["live", "suspect", "dead", "banned"]
+
+
+class RecentState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What had been applied, and the basepoint's hash at that moment. Two peers that share a digest must share the hash."""
+
+    applied_digest: str
+    basepoint_hash: str
+
+
+class PeerRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Another peer, as this one sees it."""
+
+    id: str
+    name: str
+    path: str = ""
+    """How packets reach it: direct, gossip (known through others), relay."""
+    state: PeerState = "live"
+    rtt_ms: float | None = None
+    share: float | None = None
+    """Its part of the swarm's batch rate, 0..1."""
+    lag: int | None = None
+    """Its packets that are known to exist but are not applied here yet."""
+    last_delta_s: float | None = None
+    """Seconds since its last delta was applied here."""
+    tokens_per_s: float | None = None
+    address: str = ""
+
+
+class Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Traffic since start."""
+
+    up_bytes: int = 0
+    down_bytes: int = 0
+    bytes_per_param: float | None = None
+    """Bytes of one complete own delta, packets and signatures included, per model parameter."""
+    up_bytes_per_s: float | None = None
+    down_bytes_per_s: float | None = None
+    deltas_sent: int = 0
+    deltas_applied: int = 0
+
+
+class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A running download."""
+
+    what: str
+    done_bytes: int
+    total_bytes: int
+    sources: int = 1
+
+
+class LossPoint(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One point of the curve: own step, own training loss, held-out loss of the basepoint (nats per token)."""
+
+    step: int
+    train: float | None = None
+    swarm: float | None = None
+
+
+class EventLine(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Something worth a line: Unix time, one sentence."""
+
+    unix_s: float
+    text: str
+
+
+class Status(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Everything that may be shown of a running peer."""
+
+    version: str
+    run: str
+    """Hash of the run manifest (hex): the name of the run for machines."""
+    run_name: str = ""
+    peer: str
+    """Peer id (12D3KooW...)."""
+    name: str
+    role: Literal["peer", "seed"]
+    phase: Phase
+    uptime_s: float
+    device: str = ""
+    reach: str = ""
+    """One sentence: how others can reach this peer."""
+    addresses: list[str] = []
+    step: int = 0
+    """Own optimizer steps."""
+    tokens: int = 0
+    """Tokens this peer has trained on."""
+    swarm_tokens: int | None = None
+    swarm_batches: int | None = None
+    budget_batches: int | None = None
+    train_loss: float | None = None
+    swarm_loss: float | None = None
+    """Held-out loss of the basepoint, nats per token."""
+    basepoint_hash: str = ""
+    applied_digest: str = ""
+    recent: list[RecentState] = []
+    agreeing_peers: int | None = None
+    """Peers whose (digest, hash) pairs were compared with ours and agree; None if none could be compared yet."""
+    compared_peers: int | None = None
+    busy_fraction: float | None = None
+    """Part of the time in which the device computes gradients, 0..1."""
+    tokens_per_s: float | None = None
+    swarm_tokens_per_s: float | None = None
+    rate: float | None = None
+    """Learning rate of the last step."""
+    share: float | None = None
+    displacement: float | None = None
+    """Norm of W - B over the norm of B: work that the swarm does not have yet."""
+    steps_since_publish: int | None = None
+    publish_every_steps: int | None = None
+    peers: list[PeerRow] = []
+    wire: Wire = Wire()
+    refused: dict[str, int] = {}
+    """Reason code -> how often something was turned away."""
+    transfer: Transfer | None = None
+    losses: list[LossPoint] = []
+    events: list[EventLine] = []
+
+
+_DECODER = msgspec.json.Decoder(Status)
+
+
+def encode(status: Status) -> bytes:
+    """One line of JSON. Non-finite numbers become null."""
+    return msgspec.json.encode(status)
+
+
+def decode(data: bytes) -> Status:
+    """The inverse. Raises msgspec.ValidationError or DecodeError if it is not a snapshot of this version."""
+    return _DECODER.decode(data)
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, or None where it is not a finite number (a loss that has become NaN is shown as unknown)."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+class LossHistory:
+    """A loss curve of bounded length that covers the whole run: when full, every second point is dropped and the stride doubles."""
+
+    def __init__(self, longest: int = LOSS_POINTS) -> None:
+        self._longest = longest
+        self._points: list[LossPoint] = []
+        self._stride = 1
+        self._skipped = 0
+        self._latest: LossPoint | None = None
+
+    def add(self, step: int, train: float | None, swarm: float | None) -> None:
+        """Record one point; steps may repeat or fall (a resumed peer)."""
+        self._latest = LossPoint(step, finite(train), finite(swarm))
+        self._skipped += 1
+        if self._skipped < self._stride:
+            return
+        self._skipped = 0
+        self._points.append(self._latest)
+        if len(self._points) >= self._longest:
+            self._points = self._points[1::2]
+            self._stride *= 2
+
+    def points(self) -> list[LossPoint]:
+        """The kept points, oldest first, and always the newest one."""
+        if self._latest is None or (self._points and self._points[-1] is self._latest):
+            return list(self._points)
+        return [*self._points, self._latest]
+
+
+class EventHistory:
+    """The last events, cut to one safe line each."""
+
+    def __init__(self, longest: int = STATUS_EVENTS) -> None:
+        self._lines: deque[EventLine] = deque(maxlen=longest)
+
+    def add(self, unix_s: float, text: str) -> None:
+        self._lines.append(EventLine(unix_s, plain(text, EVENT_CHARACTERS)))
+
+    def lines(self) -> list[EventLine]:
+        """Oldest first."""
+        return list(self._lines)
+
+
+def recent_states(pairs: list[tuple[bytes, bytes]]) -> list[RecentState]:
+    """(digest, hash) pairs as the snapshot shows them: hex, the last `RECENT_STATES`."""
+    return [RecentState(digest.hex(), value.hex()) for digest, value in pairs[-RECENT_STATES:]]

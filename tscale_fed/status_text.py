@@ -1,0 +1,159 @@
+"""A snapshot as plain text: one line for logs, or a page for `tscale-status` without a terminal.
+
+Enters: `Status`. Leaves: text without colours or control characters. Pure functions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from tscale_fed.status import PeerRow, Status, Transfer
+from tscale_fed.units import bytes_text, count_text, duration_text, plain, rate_text, short_hex
+
+NAME_CHARACTERS = 20
+RUN_NAME_CHARACTERS = 40
+PATH_CHARACTERS = 8
+PAGE_EVENTS = 8
+
+
+def loss_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def percent_text(fraction: float | None) -> str:
+    """0.056 -> `5.6 %`, 0.98 -> `98 %`."""
+    if fraction is None:
+        return "-"
+    return f"{fraction * 100:.1f} %" if 0 < fraction < 0.0995 else f"{fraction * 100:.0f} %"
+
+
+def peers_text(peers: list[PeerRow]) -> str:
+    """`18 live, 1 suspect, 2 dead`: other peers by state, or `none`."""
+    counts = Counter(peer.state for peer in peers)
+    return ", ".join(f"{counts[state]} {state}" for state in ("live", "suspect", "dead", "banned") if counts[state]) or "none"
+
+
+def agreement_text(status: Status) -> str:
+    """`18/19 agree`: peers whose basepoint was compared with ours at the same applied set."""
+    if not status.compared_peers:
+        return "not compared yet"
+    return f"{status.agreeing_peers or 0}/{status.compared_peers} agree"
+
+
+def transfer_text(transfer: Transfer) -> str:
+    done = transfer.done_bytes / transfer.total_bytes if transfer.total_bytes else 1.0
+    peers = "1 peer" if transfer.sources == 1 else f"{transfer.sources} peers"
+    return f"{transfer.what} {done * 100:.0f} %  {bytes_text(transfer.done_bytes)} of {bytes_text(transfer.total_bytes)} from {peers}"
+
+
+def refused_text(refused: dict[str, int]) -> str:
+    """`bad-signature 3, wrong-run 1`, most frequent first; `nothing` if empty."""
+    ordered = sorted(refused.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{plain(code, NAME_CHARACTERS)} {count}" for code, count in ordered) or "nothing"
+
+
+def line(status: Status) -> str:
+    """The one-line form for logs, without a time in front."""
+    parts = [status.phase, f"step {count_text(status.step)}"]
+    if status.transfer is not None:
+        parts.append(transfer_text(status.transfer))
+    parts.append(f"loss {loss_text(status.train_loss)} (swarm {loss_text(status.swarm_loss)})")
+    if status.tokens_per_s is not None:
+        parts.append(f"{count_text(status.tokens_per_s)} tok/s")
+    if status.busy_fraction is not None:
+        parts.append(f"busy {percent_text(status.busy_fraction)}")
+    parts.append(f"peers {peers_text(status.peers)}")
+    parts.append(f"sent {bytes_text(status.wire.up_bytes)}  got {bytes_text(status.wire.down_bytes)}")
+    parts.append(f"model {short_hex(status.basepoint_hash)}")
+    if status.refused:
+        parts.append(f"refused {sum(status.refused.values())}")
+    return "  ".join(parts)
+
+
+def peer_cells(peer: PeerRow) -> tuple[str, ...]:
+    """One row of the peers table: name, state, path, rtt, share, lag, last delta, rate. Foreign text is made safe here."""
+    return (
+        plain(peer.name, NAME_CHARACTERS) or short_hex(peer.id),
+        peer.state,
+        plain(peer.path, PATH_CHARACTERS) or "-",
+        "-" if peer.rtt_ms is None else f"{peer.rtt_ms:.0f} ms",
+        percent_text(peer.share),
+        "-" if peer.lag is None else str(peer.lag),
+        "-" if peer.last_delta_s is None else f"{duration_text(peer.last_delta_s)} ago",
+        optional_count(peer.tokens_per_s),
+    )
+
+
+PEER_COLUMNS = ("peer", "state", "path", "rtt", "share", "lag", "last delta", "tok/s")
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def page(status: Status) -> str:
+    """Everything a person asks first, as lines of text; event times are local clock times."""
+    lines = [_title_line(status), _own_line(status), _swarm_line(status), _wire_line(status)]
+    if status.reach:
+        lines.append(f"reach   {status.reach}")
+    if status.transfer is not None:
+        lines.append(f"now     {transfer_text(status.transfer)}")
+    lines.append(f"refused {refused_text(status.refused)}")
+    lines += ["", *_table([PEER_COLUMNS, *(peer_cells(peer) for peer in status.peers)])] if status.peers else ["", "no other peers yet"]
+    if status.events:
+        lines += ["", *(f"{event_time(event.unix_s)}  {event.text}" for event in status.events[-PAGE_EVENTS:])]
+    return "\n".join(lines)
+
+
+def _title_line(status: Status) -> str:
+    who = f"{plain(status.name, NAME_CHARACTERS)} ({status.role}, {short_hex(status.peer)})"
+    run = f"{plain(status.run_name, RUN_NAME_CHARACTERS) or 'run'} ({short_hex(status.run)})"
+    return f"{run}  {who}  {status.phase}  up {duration_text(status.uptime_s)}  version {status.version}"
+
+
+def _own_line(status: Status) -> str:
+    return "  ".join(
+        [
+            f"me      step {count_text(status.step)}",
+            f"tokens {count_text(status.tokens)}",
+            f"loss {loss_text(status.train_loss)}",
+            f"{optional_count(status.tokens_per_s)} tok/s",
+            f"busy {percent_text(status.busy_fraction)}",
+            f"share {percent_text(status.share)}",
+            f"device {status.device or '-'}",
+        ]
+    )
+
+
+def _swarm_line(status: Status) -> str:
+    model = f"model {short_hex(status.basepoint_hash)} {agreement_text(status)}"
+    return f"swarm   loss {loss_text(status.swarm_loss)}  peers {peers_text(status.peers)}  {model}"
+
+
+def _wire_line(status: Status) -> str:
+    wire = status.wire
+    parts = [
+        f"wire    sent {bytes_text(wire.up_bytes)} ({wire.deltas_sent} deltas)",
+        f"got {bytes_text(wire.down_bytes)} ({wire.deltas_applied} deltas)",
+        f"{bytes_per_param_text(wire.bytes_per_param)} B/param",
+    ]
+    if wire.up_bytes_per_s is not None:
+        parts.append(f"up {rate_text(wire.up_bytes_per_s)}")
+    if wire.down_bytes_per_s is not None:
+        parts.append(f"down {rate_text(wire.down_bytes_per_s)}")
+    return "  ".join(parts)
+
+
+def bytes_per_param_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def optional_count(value: float | None) -> str:
+    return "-" if value is None else count_text(value)
+
+
+def event_time(unix_s: float) -> str:
+    """Local time of day, `14:03:59`."""
+    return time.strftime("%H:%M:%S", time.localtime(unix_s))
