@@ -16,7 +16,7 @@ _BITS_PER_BYTE = 8
 _MINUTE_S = 60
 _HOUR_S = 3600
 _DAY_S = 86400
-_RATE = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)\s*(?P<prefix>[kKmMgG]?)(?P<unit>bit/s|bits/s|bps|bit|b|B/s|B)?")
+_RATE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*(?P<prefix>[kKmMgG]?)(?P<unit>bit/s|bits/s|bps|bit|b|B/s|B)?")
 
 
 def parse_rate(text: str) -> float:
