@@ -1,0 +1,46 @@
+"""Own record: renewed each heartbeat, signed, and told onward together with everybody else's.
+
+Enters: what this peer is doing now. Leaves: signed records for the links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+from tscale_net.ports import Clock, PeerId, Rng, Transport
+
+from tscale_peers.membership import Membership
+from tscale_peers.messages import RECORDS, Records
+from tscale_peers.records import PeerRecord, Sign, seal
+
+
+class Herald:
+    """Keeps this peer's word about itself fresh."""
+
+    def __init__(self, membership: Membership, transport: Transport, sign: Sign, clock: Clock, rng: Rng) -> None:
+        self.incarnation = int(clock.wall() * 1000)
+        self.seq = 0
+        self._membership = membership
+        self._transport = transport
+        self._sign = sign
+        self._clock = clock
+        self._rng = rng
+        self._renew_at = 0.0
+
+    def due(self) -> bool:
+        return self._clock.now() >= self._renew_at
+
+    def renew(self, record: PeerRecord) -> None:
+        """Take up `record` (with `incarnation` and the next `seq` of this herald) as the newest word."""
+        now = self._clock.now()
+        self._renew_at = now + self._membership.heartbeat_s() * (0.9 + 0.2 * self._rng.random())
+        self.seq = record.seq
+        self._membership.learn(seal(record, self._sign), now)
+
+    def tell(self, linked: Iterable[PeerId]) -> None:
+        """Send each neighbour the records that it was not told yet."""
+        for peer in sorted(linked):
+            news = self._membership.news_for(peer)
+            if news:
+                self._transport.send(peer, RECORDS, msgspec.msgpack.encode(Records(news)))

@@ -1,0 +1,51 @@
+"""Leaving in order: nothing that was learned is lost.
+
+Enters: a peer that shall go. Leaves: ordinary packets with growing coefficient until the displacement is small or ten were sent, a last
+record that says so, and the answer whether a neighbour holds everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from tscale_peers import limits
+
+if TYPE_CHECKING:
+    from tscale_peers.peer import SwarmPeer
+
+
+async def hand_over(peer: SwarmPeer, progress: Callable[[str], None]) -> bool:
+    """Publish the rest and wait for a holder. True if everything own is held by a neighbour (or there is nobody and nothing to tell)."""
+    if peer.linked:
+        await _publish_rest(peer, progress)
+    peer.renew_record()
+    handed_over = await _held(peer)
+    peer.herald.tell(peer.linked)
+    return handed_over
+
+
+async def _publish_rest(peer: SwarmPeer, progress: Callable[[str], None]) -> None:
+    start = peer.meeting.displacement_norm()
+    if start == 0:
+        return
+    phi = peer.share()
+    for n in range(limits.leave_max_publications):
+        part = min(1.0, phi * 2**n)
+        await peer.off_loop(lambda p=part: peer.meeting.publish_now(p))  # type: ignore[misc]
+        await peer.outside.clock.sleep(0)
+        left = peer.meeting.displacement_norm() / start
+        progress(f"handing over: {left:.0%} of my unpublished work left")
+        if left < limits.leave_displacement_fraction:
+            return
+
+
+async def _held(peer: SwarmPeer) -> bool:
+    clock = peer.outside.clock
+    until = clock.now() + limits.leave_handover_s
+    while peer.linked and clock.now() < until:
+        if not peer.unheld():
+            return True
+        peer.flush()
+        await clock.sleep(limits.tick_s)
+    return not peer.unheld()

@@ -1,0 +1,135 @@
+"""The run manifest: what all peers of a run must agree on. Its hash names the run.
+
+Enters: the fields, or their bytes from disk or from a stranger. Leaves: a checked, immutable manifest, its bytes and its 32-byte run id.
+The encoding is MessagePack with sorted keys, so equal manifests have equal bytes; a joiner accepts the bytes only if their BLAKE3 hash is
+the run id that the peer stated. The section `trainer` (model, data, optimizer) belongs to the room above and is opaque here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import blake3
+import msgspec
+from tscale_net.errors import Refused
+
+from tscale_peers.layout import Layout, TensorSpec
+
+MANIFEST_VERSION = 1
+MAX_MANIFEST_BYTES = 4 << 20
+"""A manifest lists every tensor (about 40 bytes each) and every data shard (about 100 bytes each)."""
+MAX_PARAMETERS = 1 << 37
+"""Half a terabyte of int32: larger is a lie or a mistake, refused before anything is allocated."""
+UNIT_EXPONENT_RANGE = (-40, 0)
+CHUNK_PARAMS_RANGE = (1 << 10, 1 << 21)
+"""1 bit each: 128 B to 256 KiB, the largest frame."""
+
+
+class RuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The outer rule: publish with c = share_scale * share; what the author does with its own displacement and momentum.
+
+    Sum rule (1-bit deltas, short intervals): own_leak = momentum_keep = "share". Averaging rule (long intervals, sparse deltas): both "one".
+    Only share_scale changes what others see; measured safe up to 1 (8 diverges).
+    """
+
+    share_scale: float = 1.0
+    own_leak: Literal["share", "one"] = "share"
+    momentum_keep: Literal["share", "one"] = "share"
+
+
+class RunLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Bounds that every receiver checks, the same for all."""
+
+    max_coefficient: float = 1.0
+    """Largest c in a packet."""
+    max_streams: int = 4096
+    """Author streams (one per home directory of a peer) that the applied set may hold."""
+    displacement_max_age_batches: int = 2000
+    """A returning peer drops its private displacement if the swarm has done more batches than this since."""
+
+
+class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One run. Construct, then `check()`; `decode` does both for bytes from outside."""
+
+    name: str
+    tensors: list[TensorSpec]
+    start_hash: bytes
+    """BLAKE3 basepoint hash of the start weights on the grid."""
+    created_unix: float
+    trainer: dict[str, Any]
+    codec: str = "sign"
+    chunk_params: int = 1 << 20
+    publish_every_steps: int = 5
+    budget_batches: int = 10_000
+    rule: RuleSpec = RuleSpec()
+    limits: RunLimits = RunLimits()
+    admin_keys: list[bytes] = []
+    """Ed25519 keys that may sign tombstones and certificates; never implied by being a seed."""
+    version: int = MANIFEST_VERSION
+
+    def encode(self) -> bytes:
+        """Canonical bytes: equal manifests give equal bytes."""
+        return msgspec.msgpack.encode(self, order="sorted")
+
+    @property
+    def run_id(self) -> bytes:
+        """32 bytes that name the run."""
+        return blake3.blake3(self.encode()).digest()
+
+    def layout(self) -> Layout:
+        """Where each tensor lies in the flat vector, and how that is cut into chunks."""
+        return Layout.build(self.tensors, self.chunk_params)
+
+    def check(self) -> RunManifest:
+        """Return self, or raise Refused("bad-manifest") naming the field and the fix."""
+        for wrong, sentence in _faults(self):
+            if wrong:
+                raise Refused("bad-manifest", f"run manifest: {sentence}")
+        return self
+
+    @staticmethod
+    def decode(data: bytes, run_id: bytes | None = None) -> RunManifest:
+        """Strict decoding. With `run_id`, the bytes must hash to it.
+
+        Raises Refused("bad-manifest").
+        """
+        if len(data) > MAX_MANIFEST_BYTES:
+            raise Refused("bad-manifest", f"run manifest: {len(data)} bytes, the limit is {MAX_MANIFEST_BYTES}")
+        if run_id is not None and blake3.blake3(data).digest() != run_id:
+            raise Refused("bad-manifest", "run manifest: its hash is not the run id that the peer stated; ask another peer")
+        try:
+            manifest = msgspec.msgpack.decode(data, type=RunManifest)
+        except (msgspec.DecodeError, RecursionError, ValueError) as error:
+            raise Refused("bad-manifest", f"run manifest: {error}") from None
+        if run_id is not None and manifest.encode() != data:
+            raise Refused("bad-manifest", "run manifest: not in canonical form")
+        return manifest.check()
+
+
+def _faults(m: RunManifest) -> list[tuple[bool, str]]:
+    low, high = UNIT_EXPONENT_RANGE
+    least, most = CHUNK_PARAMS_RANGE
+    shapes_ok = all(t.rows > 0 and t.cols > 0 and t.cols % 8 == 0 and t.cols <= m.chunk_params for t in m.tensors)
+    total = sum(t.rows * t.cols for t in m.tensors) if shapes_ok else 0
+    return [
+        (m.version != MANIFEST_VERSION, f"version {m.version} is not supported, this program speaks {MANIFEST_VERSION}; update the older side"),
+        (not 1 <= len(m.name) <= 64 or not m.name.isprintable(), "name must be 1 to 64 printable characters"),
+        (not m.tensors, "lists no tensors"),
+        (not shapes_ok, "every tensor needs rows > 0 and columns that are a multiple of 8 and fit in one chunk"),
+        (total > MAX_PARAMETERS, f"{total} parameters are more than {MAX_PARAMETERS}"),
+        (len({t.name for t in m.tensors}) != len(m.tensors), "two tensors have one name"),
+        (any(not low <= t.unit_exponent <= high for t in m.tensors), f"unit exponents must lie in {low}..{high}"),
+        (not least <= m.chunk_params <= most, f"chunk_params must lie in {least}..{most}"),
+        (len(m.start_hash) != 32, "start_hash must be 32 bytes"),
+        (m.publish_every_steps < 1, "publish_every_steps must be at least 1"),
+        (m.budget_batches < 1, "budget_batches must be at least 1"),
+        (not _within(m.rule.share_scale, 0.0, 8.0), "rule.share_scale must lie in (0, 8]"),
+        (not _within(m.limits.max_coefficient, 0.0, 8.0), "limits.max_coefficient must lie in (0, 8]"),
+        (not 1 <= m.limits.max_streams <= 1 << 16, "limits.max_streams must lie in 1..65536"),
+        (any(len(key) != 32 for key in m.admin_keys), "admin_keys must be 32-byte Ed25519 keys"),
+    ]
+
+
+def _within(value: float, above: float, most: float) -> bool:
+    return math.isfinite(value) and above < value <= most

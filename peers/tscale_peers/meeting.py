@@ -1,0 +1,157 @@
+"""Where training and the swarm meet: between two steps, on the thread that owns the weights.
+
+Enters: keys of packets checked by the event loop, the trainer's progress. Leaves: packets applied to basepoint and weights, own packets to
+spread, one `Met` record per meeting, posted to the event loop. Order inside a meeting: receive, then publish ("pack after": the
+displacement is taken after everything received was applied, which makes the leak stable for 0 < c < 2).
+The event loop never touches weights or replica arithmetic; the trainer never touches sockets. One lock keeps meetings apart.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from tscale_net.ports import Clock
+
+from tscale_peers import limits
+from tscale_peers.basepoint import Replica
+from tscale_peers.exchange import Exchange, Receipt
+from tscale_peers.gossip import Key, PacketStore
+from tscale_peers.packet import Packet
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the trainer has done so far in this home directory (one author stream)."""
+
+    steps: int
+    batches: int
+    tokens: int
+    train_loss: float
+    trained: bool
+    """Steps were made since the last meeting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """What one meeting did."""
+
+    progress: Progress
+    receipts: tuple[Receipt, ...]
+    published: tuple[tuple[Key, bytes], ...]
+    momentum_keep: float
+    state: tuple[bytes, bytes] | None
+    """(applied digest, basepoint hash) after it, unless hashing would have been too dear."""
+
+
+class MeetingPoint:
+    """Owns the exchange. `meet` is called by the training thread; the event loop calls the rest."""
+
+    def __init__(
+        self, exchange: Exchange, replica: Replica, store: PacketStore, publish_every_steps: int, clock: Clock, decode: Callable[[bytes], Packet]
+    ) -> None:
+        self.exchange = exchange
+        self.replica = replica
+        self.share = 1.0
+        """Set by the event loop from everybody's rates."""
+        self.may_publish = False
+        """Set by the event loop: joined, not leaving, uplink free."""
+        self.post: Callable[[Met], None] = lambda met: None
+        self._store = store
+        self._every = publish_every_steps
+        self._clock = clock
+        self._decode = decode
+        self._inbox: deque[Key] = deque()
+        self._lock = threading.RLock()
+        self._published_at_step = 0
+        self.last_progress = Progress(0, 0, 0, float("nan"), False)
+        self._hash_cost_s = 0.0
+        self._hash_after = 0.0
+
+    def offer(self, keys: Iterable[Key]) -> None:
+        """Packets that are checked and in the log, to be applied at the next meeting. Any thread."""
+        self._inbox.extend(keys)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._inbox)
+
+    def resume_at(self, progress: Progress) -> None:
+        """Continue a restored run: no publication before `publish_every_steps` new steps."""
+        self.last_progress = progress
+        self._published_at_step = progress.steps
+
+    def meet(self, progress: Progress) -> Met:
+        """Receive, publish if due, hash if affordable. Returns what was done (also posted to the event loop)."""
+        with self._lock:
+            if progress.trained:
+                self.exchange.mark_trained()
+            self.last_progress = progress
+            receipts = self._receive()
+            due = self.may_publish and progress.steps - self._published_at_step >= self._every
+            published, keep = self._publish(progress, self.share) if due else ((), 1.0)
+            met = Met(progress, receipts, published, keep, self._state(forced=False))
+        self.post(met)
+        return met
+
+    def meet_idle(self) -> Met:
+        """A meeting without new steps, for a peer that is not training."""
+        last = self.last_progress
+        return self.meet(Progress(last.steps, last.batches, last.tokens, last.train_loss, trained=False))
+
+    def publish_now(self, share: float) -> Met:
+        """One publication regardless of cadence, when leaving."""
+        with self._lock:
+            receipts = self._receive()
+            published, keep = self._publish(self.last_progress, share)
+            met = Met(self.last_progress, receipts, published, keep, self._state(forced=True))
+        self.post(met)
+        return met
+
+    def settle(self) -> tuple[bytes, bytes]:
+        """Apply everything waiting and hash: the state as of now."""
+        with self._lock:
+            receipts = self._receive()
+            state = self._state(forced=True)
+            assert state is not None
+            met = Met(self.last_progress, receipts, (), 1.0, state)
+        self.post(met)
+        return state
+
+    def load_chunks(self, chunks: dict[int, bytes]) -> None:
+        """Replace chunks of the basepoint by a donor's; the displacement, and so private work, is kept. Raises Refused."""
+        with self._lock:
+            self.exchange.load_chunks(chunks)
+
+    def displacement_norm(self) -> float:
+        with self._lock:
+            return self.exchange.displacement_norm()
+
+    def exclusively(self) -> threading.RLock:
+        """Hold this while reading weights and replica together, as a checkpoint does."""
+        return self._lock
+
+    def _receive(self) -> tuple[Receipt, ...]:
+        packets = []
+        for _ in range(len(self._inbox)):
+            body = self._store.get(self._inbox.popleft())
+            if body is not None:
+                packets.append(self._decode(body))
+        return tuple(self.exchange.receive(packets))
+
+    def _publish(self, progress: Progress, share: float) -> tuple[tuple[tuple[Key, bytes], ...], float]:
+        bodies, keep = self.exchange.publish(progress.batches, share)
+        self._published_at_step = progress.steps
+        return tuple((self._decode(body).key, body) for body in bodies), keep
+
+    def _state(self, forced: bool) -> tuple[bytes, bytes] | None:
+        now = self._clock.now()
+        if not forced and now < self._hash_after:
+            return None
+        state = self.replica.state()
+        self._hash_cost_s = self._clock.now() - now
+        self._hash_after = now + self._hash_cost_s / limits.hash_time_fraction
+        return state
+

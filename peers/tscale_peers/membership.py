@@ -1,0 +1,133 @@
+"""Who is in the swarm: live, suspect, dead or left, judged by how lately each peer's signed record moved on.
+
+Enters: records as they are heard, links going up and down, the time. Leaves: changes for people, who to tell what, whom to dial.
+Rule: every peer renews its record each heartbeat and all relay it; a peer not heard of for `suspect_s` is suspect, for `dead_s` dead
+(gossip-style failure detection, van Renesse 1998). Its own word (`leaving`) ends it at once. The event loop renews the record, not the
+training thread, so a peer whose training stalls for seconds is not taken for dead. A dead peer is dialled again now and then: partitions heal.
+Pure state: the time and the random source are passed in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from tscale_net.ports import PeerId, Rng
+
+from tscale_peers import limits
+from tscale_peers.records import PeerRecord, RecordBook
+
+
+class State(StrEnum):
+    LIVE = "live"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A peer's state moved on. `before` is None for a peer heard of for the first time."""
+
+    peer: PeerId
+    name: str
+    before: State | None
+    after: State
+
+
+class Membership:
+    """The view of one peer."""
+
+    def __init__(self, me: PeerId, book: RecordBook, rng: Rng) -> None:
+        self.me = me
+        self.book = book
+        self._rng = rng
+        self._state: dict[PeerId, State] = {}
+        self._told: dict[PeerId, dict[PeerId, tuple[int, int]]] = {}
+
+    # -- records -----------------------------------------------------------------------------------------------------
+
+    def learn(self, sealed: bytes, now: float, source: PeerId | None = None) -> PeerRecord | None:
+        """Take in one record; None if it is not news. Raises Refused for a false one."""
+        record = self.book.learn(sealed, now)
+        if record is not None and source is not None and source in self._told:
+            self._told[source][record.peer] = record.age_key
+        return record
+
+    def link_up(self, peer: PeerId) -> None:
+        self._told[peer] = {}
+
+    def link_down(self, peer: PeerId) -> None:
+        self._told.pop(peer, None)
+
+    def news_for(self, neighbour: PeerId) -> list[bytes]:
+        """Signed records that this neighbour was not told yet (bounded; the rest comes next time)."""
+        told = self._told.get(neighbour)
+        if told is None:
+            return []
+        news = [h for h in self.book.newer_than(told, limits.records_per_message + 1) if h.record.peer != neighbour]
+        news = news[: limits.records_per_message]
+        for heard in news:
+            told[heard.record.peer] = heard.record.age_key
+        return [heard.sealed for heard in news]
+
+    # -- states ------------------------------------------------------------------------------------------------------
+
+    def heartbeat_s(self) -> float:
+        """Seconds between renewals: longer in larger swarms, so that record traffic per peer stays bounded."""
+        return max(limits.heartbeat_s, limits.heartbeat_per_peer_s * len(self.book))
+
+    def state(self, peer: PeerId) -> State:
+        return self._state.get(peer, State.DEAD)
+
+    def tick(self, now: float) -> list[Change]:
+        """Re-judge everybody; returns what changed since the last tick."""
+        stretch = self.heartbeat_s() / limits.heartbeat_s
+        changes = []
+        for heard in self.book.all():
+            peer = heard.record.peer
+            if peer == self.me:
+                continue
+            after = _judge(heard.record.leaving, (now - heard.heard_at) / stretch)
+            before = self._state.get(peer)
+            if after is not before:
+                self._state[peer] = after
+                changes.append(Change(peer, heard.record.name, before, after))
+        return changes
+
+    def live(self) -> list[PeerRecord]:
+        """Records of the others that are live, in a fixed order."""
+        return [self._record(p) for p, s in sorted(self._state.items()) if s is State.LIVE and p in self.book]
+
+    def known(self) -> list[tuple[PeerRecord, State]]:
+        return [(self._record(p), s) for p, s in sorted(self._state.items()) if p in self.book]
+
+    def _record(self, peer: PeerId) -> PeerRecord:
+        heard = self.book.get(peer)
+        assert heard is not None
+        return heard.record
+
+    # -- whom to dial ------------------------------------------------------------------------------------------------
+
+    def dial_targets(self, engaged: set[PeerId], now: float, may: Callable[[PeerId, float], bool]) -> list[PeerRecord]:
+        """Reachable peers without a link, while fewer than `links_target` stand; the dead are tried too, at their long back-off."""
+        room = limits.links_target - len(engaged)
+        if room <= 0:
+            return []
+        free = [
+            record
+            for record, state in self.known()
+            if record.addresses and state is not State.LEFT and record.peer not in engaged and may(record.peer, now)
+        ]
+        self._rng.shuffle(free)
+        free.sort(key=lambda r: self._state[r.peer] is not State.LIVE)
+        return free[: min(room, limits.dials_per_tick)]
+
+
+def _judge(leaving: bool, silent_s: float) -> State:
+    if leaving:
+        return State.LEFT
+    if silent_s >= limits.dead_s:
+        return State.DEAD
+    return State.SUSPECT if silent_s >= limits.suspect_s else State.LIVE

@@ -1,0 +1,44 @@
+"""What people should see: one sentence per happening, and a count of everything that was refused, by reason.
+
+Enters: sentences and refusals from all parts of a peer. Leaves: a bounded list, counters, and a call per notice for the console.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tscale_net.errors import Refused
+from tscale_net.ports import Clock
+
+from tscale_peers import limits
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """One happening. `at` is Unix time, `kind` is stable for programs, `text` is one sentence for people."""
+
+    at: float
+    kind: str
+    text: str
+
+
+class NoticeBoard:
+    """Bounded memory of notices, and the counters of refusals."""
+
+    def __init__(self, clock: Clock, show: Callable[[Notice], None] = lambda notice: None) -> None:
+        self.notices: deque[Notice] = deque(maxlen=limits.notices_kept)
+        self.refused: Counter[str] = Counter()
+        self._clock = clock
+        self._show = show
+
+    def tell(self, kind: str, text: str) -> None:
+        notice = Notice(self._clock.wall(), kind, text)
+        self.notices.append(notice)
+        self._show(notice)
+
+    def refuse(self, refusal: Refused, who: str) -> None:
+        """Count it and show it: nothing is turned away silently."""
+        self.refused[refusal.code] += 1
+        self.tell("refused", f"refused from {who}: {refusal.detail}")

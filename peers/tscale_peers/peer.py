@@ -1,0 +1,357 @@
+"""One peer of a swarm: the thin shell around pure state. It owns tasks and feeds events; gossip, membership and the replica decide.
+
+Enters: transport events, meetings of the training thread, the clock. Leaves: frames, and notices for people.
+Everything here runs on the event loop; the training thread meets it only in `MeetingPoint`. The same class runs on real sockets and in the
+virtual-time simulation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from tscale_net.errors import Refused
+from tscale_net.ports import Clock, Event, Frame, LinkDown, LinkUp, PeerId, Rng, Transport
+from tscale_net.transfer import Transfers
+
+from tscale_peers import limits
+from tscale_peers.agreement import Agreement
+from tscale_peers.dialler import Dialler
+from tscale_peers.gossip import Action, Gossip, Key, NeedChunks, Send
+from tscale_peers.herald import Herald
+from tscale_peers.intake import Intake
+from tscale_peers.leaving import hand_over
+from tscale_peers.meeting import MeetingPoint, Met
+from tscale_peers.membership import Change, Membership, State
+from tscale_peers.messages import GOSSIP_KINDS, PACKET, RECORDS, decode_records
+from tscale_peers.notices import NoticeBoard
+from tscale_peers.records import PeerRecord, RecordBook, Verify
+from tscale_peers.share import RateAverage, share
+
+T = TypeVar("T")
+
+_STATE_WORDS = {State.LIVE: "is here", State.SUSPECT: "is not heard of lately", State.DEAD: "is gone", State.LEFT: "left"}
+
+
+class Author(Protocol):
+    """Who this peer is."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def public_key(self) -> bytes: ...
+
+    def sign(self, domain: bytes, message: bytes) -> bytes: ...
+
+
+@dataclass(slots=True)
+class PeerSettings:
+    """What this peer says and does, beyond the manifest."""
+
+    name: str
+    role: str = "peer"
+    bootstrap: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    """Where others can dial this peer (multiaddrs); empty if it is outbound only."""
+
+
+@dataclass(slots=True)
+class Outside:
+    """Everything of the outside world, injected."""
+
+    transport: Transport
+    transfers: Transfers
+    clock: Clock
+    rng: Rng
+    verify: Verify
+    executor: Executor | None = None
+    """Signature checks and idle meetings run here; None: on the loop (simulation)."""
+
+
+class SwarmPeer:
+    """Runs the protocol for one run. Construct, then `await run()` in a task; `leave()` first if it shall end in order."""
+
+    def __init__(
+        self, *, run: bytes, author: Author, outside: Outside, meeting: MeetingPoint, gossip: Gossip, intake: Intake, settings: PeerSettings, board: NoticeBoard
+    ) -> None:
+        self.run_id = run
+        self.author = author
+        self.outside = outside
+        self.meeting = meeting
+        self.gossip = gossip
+        self.settings = settings
+        self.board = board
+        clock, rng = outside.clock, outside.rng
+        self.membership = Membership(author.peer_id, RecordBook(run, outside.verify), rng)
+        self.herald = Herald(self.membership, outside.transport, author.sign, clock, rng)
+        self.dialler = Dialler(outside.transport, self.membership, settings.bootstrap, board, clock, rng, self.name_of)
+        self.agreement = Agreement(board)
+        self.rate = RateAverage()
+        self.linked: set[PeerId] = set()
+        self.last_delta_at: dict[PeerId, float] = {}
+        self.published = 0
+        self.applied = 0
+        self.training_active = False
+        """Set by the trainer's owner; while False the event loop holds meetings itself."""
+        self.leaving = False
+        self.reload_chunks: Callable[[NeedChunks], None] = lambda need: None
+        """Called when packets can only come inside snapshot chunks (joining.py)."""
+        self.swarm_loss = float("nan")
+        """Held-out loss of the basepoint, set by whoever evaluates."""
+        self._unheld: dict[Key, None] = {}
+        self._intake = intake
+        self._state: tuple[bytes, bytes] = (b"", b"")
+        self._rate_at = clock.now()
+        self._rate_tokens: int | None = None
+        self._met_at = clock.now()
+        self._flush_wanted = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # -- life --------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled. A fault in any part ends all of it with that fault (nothing runs on half alive)."""
+        self._loop = asyncio.get_running_loop()
+        self.meeting.post = self._post
+        for link in self.outside.transport.links():
+            self._link_up(link.peer)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._events())
+            tasks.create_task(self._check_packets())
+            tasks.create_task(self._ticks(tasks))
+
+    async def leave(self, progress: Callable[[str], None] = lambda text: None) -> bool:
+        """Publish what the swarm does not have yet, and wait until a neighbour holds it. True if it was handed over.
+
+        The caller then cancels `run` and closes the transport.
+        """
+        self.leaving = True
+        self.meeting.may_publish = False
+        return await hand_over(self, progress)
+
+    # -- for people --------------------------------------------------------------------------------------------------
+
+    def name_of(self, peer: PeerId) -> str:
+        heard = self.membership.book.get(peer)
+        if heard is not None:
+            return heard.record.name
+        return next((link.name for link in self.outside.transport.links() if link.peer == peer and link.name), f"…{peer[-8:]}")
+
+    def swarm_batches(self) -> int:
+        """Batches whose deltas are in the basepoint."""
+        return self.meeting.replica.applied.total_batches()
+
+    def unheld(self) -> int:
+        """How many own packets no neighbour is known to hold yet."""
+        self._unheld = {key: None for key in self._unheld if not self.gossip.holders(key)}
+        return len(self._unheld)
+
+    def recount_known(self) -> None:
+        """After snapshot chunks were loaded: known is what the replica contains and what the log holds; the latter is applied where it lacks."""
+        lacking = self._intake.recount(self.meeting.replica)
+        self.meeting.offer(lacking)
+
+    def share(self) -> float:
+        """phi: this peer's part of the live peers' tokens per second."""
+        return share(self.rate.per_s, [r.tokens_per_s for r in self.membership.live()])
+
+    @property
+    def state(self) -> tuple[bytes, bytes]:
+        """Newest (applied digest, basepoint hash)."""
+        return self._state
+
+    # -- transport events --------------------------------------------------------------------------------------------
+
+    async def _events(self) -> None:
+        while True:
+            event = await self.outside.transport.next_event()
+            try:
+                self._on_event(event)
+            except Refused as refusal:
+                self.board.refuse(refusal, self.name_of(event.peer) if event.peer else "somebody")
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Frame):
+            self._on_frame(event)
+        elif isinstance(event, LinkUp):
+            self._link_up(event.peer)
+        elif isinstance(event, LinkDown):
+            self._link_down(event)
+        else:
+            raise Refused(event.code, event.detail)
+
+    def _link_up(self, peer: PeerId) -> None:
+        if peer in self.linked:
+            return
+        self.linked.add(peer)
+        self.membership.link_up(peer)
+        self.gossip.link_up(peer)
+        if not self.herald.seq:
+            self.renew_record()
+        self.herald.tell(self.linked)
+        self._want_flush()
+
+    def _link_down(self, event: LinkDown) -> None:
+        self.linked.discard(event.peer)
+        self.membership.link_down(event.peer)
+        self.gossip.link_down(event.peer)
+        self.board.tell("link", f"link to {self.name_of(event.peer)} is down: {event.reason}")
+
+    def _on_frame(self, frame: Frame) -> None:
+        if self.outside.transfers.handle(frame):
+            return
+        if frame.kind == PACKET:
+            self._intake.put(frame.peer, frame.body)
+        elif frame.kind == RECORDS:
+            self._learn(decode_records(frame.body), frame.peer)
+        elif frame.kind in GOSSIP_KINDS:
+            self._do(self.gossip.on_frame(frame.peer, frame.kind, frame.body, self.outside.clock.now()))
+            self._want_flush()
+        else:
+            raise Refused("unknown-kind", f"a message of kind {frame.kind}, which this program does not know")
+
+    def _learn(self, sealed_records: Sequence[bytes], source: PeerId) -> None:
+        now = self.outside.clock.now()
+        for sealed in sealed_records:
+            record = self.membership.learn(sealed, now, source)
+            if record is not None and record.peer != self.author.peer_id:
+                self.agreement.compare(record, self.meeting.replica.recent, now)
+        self._show(self.membership.tick(now))
+
+    # -- packets and meetings ----------------------------------------------------------------------------------------
+
+    async def _check_packets(self) -> None:
+        while True:
+            source, body = await self._intake.next()
+            try:
+                packet = await self.off_loop(lambda b=body: self._intake.check(b))  # type: ignore[misc]
+                if self._intake.accept(packet, body, source):
+                    self.last_delta_at[packet.author_peer] = self.outside.clock.now()
+                self._want_flush()
+            except Refused as refusal:
+                self._intake.reject(body, source)
+                self.board.refuse(refusal, self.name_of(source))
+
+    def _post(self, met: Met) -> None:
+        """Called on the meeting's thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._after_meeting, met)
+
+    def _after_meeting(self, met: Met) -> None:
+        self._met_at = self.outside.clock.now()
+        for receipt in met.receipts:
+            if receipt.refused is not None:
+                self.board.refuse(receipt.refused, "the log")
+            elif receipt.applied:
+                self.applied += 1
+        if met.published:
+            self._spread(met)
+        if met.state is not None:
+            self._state = met.state
+        self._measure_rate(met)
+
+    def _spread(self, met: Met) -> None:
+        self.published += 1
+        for key, _ in met.published:
+            self.gossip.known.add(*key)
+            if len(self._unheld) < limits.unheld_keys:
+                self._unheld[key] = None
+        self._do(self.gossip.push(list(met.published)))
+        self.gossip.accepted([key for key, _ in met.published], None)
+        self.last_delta_at[self.author.peer_id] = self.outside.clock.now()
+        self.board.tell("published", f"delta {met.published[0][0][1]}: {sum(len(b) for _, b in met.published)} bytes")
+        self._want_flush()
+
+    def _measure_rate(self, met: Met) -> None:
+        now = self.outside.clock.now()
+        if self._rate_tokens is None:
+            self._rate_tokens, self._rate_at = met.progress.tokens, now
+        if now - self._rate_at >= limits.tick_s:
+            self.rate.add(met.progress.tokens - self._rate_tokens, now - self._rate_at)
+            self._rate_tokens, self._rate_at = met.progress.tokens, now
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    async def _ticks(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            await self._tick(tasks)
+            await self.outside.clock.sleep(limits.tick_s)
+
+    async def _tick(self, tasks: asyncio.TaskGroup) -> None:
+        now = self.outside.clock.now()
+        self._show(self.membership.tick(now))
+        if self.herald.due():
+            self.renew_record()
+        self.herald.tell(self.linked)
+        if not self.leaving:
+            self.dialler.tick(self.linked, tasks)
+        self.meeting.share = self.share()
+        self.meeting.may_publish = not self.leaving and not self.gossip.hold and self._uplink_free()
+        if not self.training_active and not self.gossip.hold and now - self._met_at >= limits.idle_meeting_s:
+            await self.off_loop(self.meeting.meet_idle)
+        self.flush()
+        self.unheld()
+        need = self.gossip.unobtainable()
+        if need is not None:
+            self.reload_chunks(need)
+
+    def _uplink_free(self) -> bool:
+        return all(self.outside.transport.pending_bytes(p) < limits.uplink_busy_bytes for p in self.linked)
+
+    def _show(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            again = change.before is State.SUSPECT and change.after is State.LIVE
+            self.board.tell("peers", f"{change.name} {'is heard of again' if again else _STATE_WORDS[change.after]}")
+
+    def renew_record(self) -> None:
+        """State anew what this peer is and does."""
+        progress = self.meeting.last_progress
+        record = PeerRecord(
+            run=self.run_id,
+            public_key=self.author.public_key,
+            incarnation=self.herald.incarnation,
+            seq=self.herald.seq + 1,
+            created_unix=self.outside.clock.wall(),
+            name=self.settings.name,
+            role=self.settings.role,
+            addresses=self.settings.addresses,
+            step=progress.steps,
+            batches=self.swarm_batches(),
+            tokens=progress.tokens,
+            tokens_per_s=self.rate.per_s,
+            train_loss=progress.train_loss,
+            digest=self._state[0],
+            hash=self._state[1],
+            leaving=self.leaving,
+        )
+        self.herald.renew(record)
+
+    # -- actions -----------------------------------------------------------------------------------------------------
+
+    def _want_flush(self) -> None:
+        """One flush for a burst of events."""
+        if not self._flush_wanted and self._loop is not None:
+            self._flush_wanted = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Send everything that can go out now."""
+        self._flush_wanted = False
+        self._do(self.gossip.flush(self.outside.clock.now(), self.outside.transport.pending_bytes))
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self.outside.transport.send(action.peer, action.kind, action.body, action.channel)
+            else:
+                self.reload_chunks(action)
+
+    async def off_loop(self, work: Callable[[], T]) -> T:
+        """Run in the executor where there is one, else here."""
+        if self.outside.executor is None:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self.outside.executor, work)

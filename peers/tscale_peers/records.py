@@ -1,0 +1,162 @@
+"""Signed peer records: what each peer says of itself, spread by everybody.
+
+Enters: the fields of one's own record, or signed bytes from anyone. Leaves: checked records, newest per peer.
+A record is authentic whoever relays it. (incarnation, seq) only grows; the newest wins. The book is bounded: a full book forgets the record
+that was heard longest ago, never the newest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import msgspec
+from tscale_net.errors import Refused
+from tscale_net.identity import peer_id_of
+from tscale_net.ports import PeerId
+
+from tscale_peers import limits
+
+DOMAIN = b"tscale-fed/record/1"
+SIGNATURE_BYTES = 64
+
+Sign = Callable[[bytes, bytes], bytes]
+"""(domain, message) -> 64-byte Ed25519 signature."""
+Verify = Callable[[bytes, bytes, bytes, bytes], bool]
+"""(public key, domain, message, signature) -> authentic?"""
+
+
+class PeerRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One peer's word about itself at one moment. Rates per second; `digest` and `hash` are a pair of the replica's recent states."""
+
+    run: bytes
+    public_key: bytes
+    incarnation: int
+    """Start of the process, Unix milliseconds."""
+    seq: int
+    created_unix: float
+    name: str
+    role: str
+    addresses: tuple[str, ...]
+    step: int
+    batches: int
+    tokens: int
+    tokens_per_s: float
+    train_loss: float
+    digest: bytes
+    hash: bytes
+    leaving: bool
+
+    @property
+    def peer(self) -> PeerId:
+        return peer_id_of(self.public_key)
+
+    @property
+    def age_key(self) -> tuple[int, int]:
+        return (self.incarnation, self.seq)
+
+
+_decoder = msgspec.msgpack.Decoder(PeerRecord)
+
+
+def seal(record: PeerRecord, sign: Sign) -> bytes:
+    """Signed wire form: signature, then body."""
+    body = msgspec.msgpack.encode(record)
+    return sign(DOMAIN, body) + body
+
+
+def read_unverified(data: bytes, run: bytes) -> tuple[PeerRecord, bytes, bytes]:
+    """(record, signed body, signature), checked in every way but the signature. Raises Refused: "bad-record", "wrong-run"."""
+    if not SIGNATURE_BYTES < len(data) <= limits.record_max_bytes:
+        raise Refused("bad-record", f"a peer record of {len(data)} bytes")
+    signature, body = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
+    try:
+        record = _decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise Refused("bad-record", f"a peer record that cannot be read: {error}") from None
+    if not _plausible(record):
+        raise Refused("bad-record", "a peer record with a field out of range")
+    if record.run != run:
+        raise Refused("wrong-run", "a peer record of another run")
+    return record, body, signature
+
+
+def open_sealed(data: bytes, run: bytes, verify: Verify) -> PeerRecord:
+    """Everything a receiver relies on, the signature last because it is the dearest.
+
+    Raises Refused: "bad-record", "wrong-run", "bad-signature".
+    """
+    record, body, signature = read_unverified(data, run)
+    if not verify(record.public_key, DOMAIN, body, signature):
+        raise Refused("bad-signature", "a peer record with a bad signature")
+    return record
+
+
+def _plausible(r: PeerRecord) -> bool:
+    counts = (r.incarnation, r.seq, r.step, r.batches, r.tokens)
+    return (
+        len(r.public_key) == 32
+        and len(r.digest) in (0, 32)
+        and len(r.hash) in (0, 32)
+        and all(0 <= n < 1 << 63 for n in counts)
+        and math.isfinite(r.tokens_per_s)
+        and 0 <= r.tokens_per_s <= limits.record_max_tokens_per_s
+        and math.isfinite(r.created_unix)
+        and len(r.name) <= limits.record_max_name_chars
+        and r.name.isprintable()
+        and r.role in ("peer", "seed")
+        and len(r.addresses) <= limits.record_max_addresses
+        and all(len(a) <= limits.record_max_address_chars and a.isprintable() for a in r.addresses)
+    )
+
+
+@dataclass(slots=True)
+class Heard:
+    """A record as kept: with its signed bytes for relaying, and when it was first heard here."""
+
+    record: PeerRecord
+    sealed: bytes
+    heard_at: float
+
+
+class RecordBook:
+    """Newest record per peer."""
+
+    def __init__(self, run: bytes, verify: Verify) -> None:
+        self._run = run
+        self._verify = verify
+        self._heard: dict[PeerId, Heard] = {}
+
+    def __len__(self) -> int:
+        return len(self._heard)
+
+    def __contains__(self, peer: PeerId) -> bool:
+        return peer in self._heard
+
+    def get(self, peer: PeerId) -> Heard | None:
+        return self._heard.get(peer)
+
+    def all(self) -> Iterable[Heard]:
+        return self._heard.values()
+
+    def learn(self, sealed: bytes, now: float) -> PeerRecord | None:
+        """The record if it is news, None if it is known or older. Raises Refused as `open_sealed`."""
+        record, body, signature = read_unverified(sealed, self._run)
+        peer = record.peer
+        before = self._heard.get(peer)
+        if before is not None and before.record.age_key >= record.age_key:
+            return None
+        if not self._verify(record.public_key, DOMAIN, body, signature):
+            raise Refused("bad-signature", "a peer record with a bad signature")
+        self._heard.pop(peer, None)
+        self._heard[peer] = Heard(record, sealed, now)
+        if len(self._heard) > limits.record_book_peers:
+            del self._heard[min(self._heard, key=lambda p: self._heard[p].heard_at)]
+        return record
+
+    def newer_than(self, told: dict[PeerId, tuple[int, int]], most: int) -> list[Heard]:
+        """Records that somebody who was told `told` lacks, the freshest first."""
+        news = [h for p, h in self._heard.items() if told.get(p, (-1, -1)) < h.record.age_key]
+        news.sort(key=lambda h: -h.heard_at)
+        return news[:most]

@@ -1,0 +1,86 @@
+"""The manifest: equal content gives equal bytes and one run id; lies and mistakes are refused with the field named."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tscale_net.errors import Refused
+from tscale_peers.layout import TensorSpec
+from tscale_peers.manifest import MAX_MANIFEST_BYTES, RuleSpec, RunManifest
+
+
+def make(**changes: object) -> RunManifest:
+    base = RunManifest(
+        name="demo",
+        tensors=[TensorSpec("embedding", 10, 128, -22), TensorSpec("final", 9, 128, -22)],
+        start_hash=b"h" * 32,
+        created_unix=1.5,
+        trainer={"model": {"dims": "e128h1d2w64"}, "seed": 7, "b": 1, "a": [1, 2.5, None, True]},
+        chunk_params=1 << 12,
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def test_round_trip_and_run_id() -> None:
+    manifest = make()
+    assert RunManifest.decode(manifest.encode(), manifest.run_id) == manifest
+    reordered = make(trainer={"b": 1, "seed": 7, "a": [1, 2.5, None, True], "model": {"dims": "e128h1d2w64"}})
+    assert reordered.run_id == manifest.run_id
+    assert make(budget_batches=10_001).run_id != manifest.run_id
+
+
+def test_bytes_of_another_run_are_refused() -> None:
+    with pytest.raises(Refused) as refusal:
+        RunManifest.decode(make().encode(), make(name="other").run_id)
+    assert refusal.value.code == "bad-manifest" and "run id" in refusal.value.detail
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"name": ""}, "name"),
+        ({"name": "a\nb"}, "name"),
+        ({"tensors": []}, "no tensors"),
+        ({"tensors": [TensorSpec("a", 1, 12, -22)]}, "multiple of 8"),
+        ({"tensors": [TensorSpec("a", 0, 128, -22)]}, "rows"),
+        ({"tensors": [TensorSpec("a", 1 << 35, 128, -22)]}, "parameters"),
+        ({"tensors": [TensorSpec("a", 1, 8192, -22)]}, "fit in one chunk"),
+        ({"tensors": [TensorSpec("a", 1, 128, -22), TensorSpec("a", 1, 128, -22)]}, "one name"),
+        ({"tensors": [TensorSpec("a", 1, 128, 3)]}, "unit exponents"),
+        ({"chunk_params": 1 << 22}, "chunk_params"),
+        ({"start_hash": b"x"}, "start_hash"),
+        ({"publish_every_steps": 0}, "publish_every_steps"),
+        ({"budget_batches": 0}, "budget_batches"),
+        ({"rule": RuleSpec(share_scale=float("nan"))}, "share_scale"),
+        ({"admin_keys": [b"short"]}, "admin_keys"),
+    ],
+)
+def test_wrong_fields_are_named(changes: dict[str, object], word: str) -> None:
+    with pytest.raises(Refused) as refusal:
+        RunManifest.decode(make(**changes).encode())
+    assert word in refusal.value.detail
+
+
+@given(st.binary(max_size=300))
+def test_garbage_is_refused(data: bytes) -> None:
+    with pytest.raises(Refused):
+        RunManifest.decode(data)
+
+
+@given(st.data())
+def test_any_changed_byte_is_refused_against_the_run_id(data: st.DataObject) -> None:
+    manifest = make()
+    raw = bytearray(manifest.encode())
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(Refused):
+        RunManifest.decode(bytes(raw), manifest.run_id)
+
+
+def test_oversized_is_refused_before_decoding() -> None:
+    with pytest.raises(Refused) as refusal:
+        RunManifest.decode(b"\x00" * (MAX_MANIFEST_BYTES + 1))
+    assert "limit" in refusal.value.detail
