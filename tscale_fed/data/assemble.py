@@ -7,10 +7,11 @@ starts ascend and stay inside; that unigram counts are counts of this many token
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,26 @@ def write_durably(path: Path, content: bytes) -> None:
         os.fsync(stream.fileno())
 
 
+@contextlib.contextmanager
+def staging_directory(out_dir: Path) -> Iterator[Path]:
+    """A new directory on the disk of `out_dir`, to be filled and renamed; it and its (private) parent are deleted at the end if still there."""
+    parent = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".making", dir=out_dir.parent))
+    try:
+        staging = parent / "data"
+        staging.mkdir()
+        yield staging
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+def hash_of(path: Path) -> str:
+    """blake3 of a file, 64 hex digits, on as many cores as there are."""
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+
+
 def file_matches(path: Path, file: DataFile) -> bool:
     """Whether `path` has the size and blake3 of `file`."""
-    return path.is_file() and path.stat().st_size == file.size and blake3().update_mmap(path).hexdigest() == file.hash
+    return path.is_file() and path.stat().st_size == file.size and hash_of(path) == file.hash
 
 
 def missing_files(directory: Path, files: list[DataFile]) -> list[DataFile]:
@@ -75,8 +93,7 @@ def assemble(out_dir: Path, manifest: DataManifest, fetched: Mapping[str, Path])
             return verify_directory(out_dir)
         raise Refused("data-exists", f"{out_dir} holds other data: choose another directory or remove it yourself.")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".assembling", dir=out_dir.parent))
-    try:
+    with staging_directory(out_dir) as staging:
         for file in manifest.files():
             _take(file, fetched.get(file.name), staging)
         _check_content(staging, manifest)
@@ -84,8 +101,6 @@ def assemble(out_dir: Path, manifest: DataManifest, fetched: Mapping[str, Path])
         if out_dir.exists():
             out_dir.rmdir()
         staging.rename(out_dir)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +20,7 @@ import numpy as np
 from blake3 import blake3
 
 from tscale_fed.data import limits
-from tscale_fed.data.assemble import verify_directory, write_durably
+from tscale_fed.data.assemble import hash_of, staging_directory, verify_directory, write_durably
 from tscale_fed.data.held_out import HeldOut
 from tscale_fed.data.huggingface import HuggingFaceTokenizer
 from tscale_fed.data.manifest import (
@@ -89,14 +87,11 @@ def import_text(
             return verify_directory(out_dir)
     with _disk_errors(out_dir):
         out_dir.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".importing", dir=out_dir.parent))
-        try:
+        with staging_directory(out_dir) as staging:
             job = _Import(files, tokenizer, staging, held_out_fraction, progress, shard_bytes, clock or SystemClock())
             manifest = job.run()
             _move_into_place(staging, out_dir)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return manifest
+            return manifest
 
 
 class _Import:
@@ -258,22 +253,15 @@ def _is_same(earlier: ImportRecord, files: list[SourceFile], tokenizer: Tokenize
         return False
     if [(source.name, source.bytes) for source in earlier.sources] != [(file.name, file.size) for file in files]:
         return False
-    return all(blake3().update_mmap(file.path).hexdigest() == source.hash for file, source in zip(files, earlier.sources, strict=True))
+    return all(hash_of(file.path) == source.hash for file, source in zip(files, earlier.sources, strict=True))
 
 
 def _move_into_place(staging: Path, out_dir: Path) -> None:
     """Rename; an earlier import steps aside first, and readers that have it mapped keep it."""
-    if not out_dir.exists():
-        staging.rename(out_dir)
-        return
-    if not any(out_dir.iterdir()):
-        out_dir.rmdir()
-        staging.rename(out_dir)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".replaced", dir=out_dir.parent))
-    out_dir.rename(aside / "old")
+    if out_dir.exists():
+        # Into the directory that is about to be deleted anyway.
+        out_dir.rename(staging.parent / "replaced")
     staging.rename(out_dir)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -167,6 +167,16 @@ class DataRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """What a joiner that has nothing fetches: all files if served, else the vocabulary files."""
         return self.data.files() if self.served else self.data.vocabulary_files()
 
+    def check_own_data(self, own: DataManifest) -> None:
+        """A peer that brings text of its own must have made it with the run's tokenizer. Raises Refused("wrong-tokenizer")."""
+        wanted = self.data.tokenizer
+        if own.tokenizer != wanted:
+            detail = (
+                f"Your data was made with tokenizer {own.tokenizer.kind} {own.tokenizer.hash[:12]}, the run uses {wanted.kind} "
+                f"{wanted.hash[:12]}: import your text again with the run's tokenizer."
+            )
+            raise Refused("wrong-tokenizer", detail)
+
 
 def shard_name(split: Split, index: int) -> str:
     return f"{split}-{index:05d}.tokens"

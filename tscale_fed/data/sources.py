@@ -116,14 +116,13 @@ def read_pieces(file: SourceFile, piece_bytes: int, seen: Callable[[bytes], None
     Raises Refused: "bad-line" (jsonl, with file and line number), "no-source" (not readable).
     """
     try:
-        stream = file.path.open("rb")
+        with file.path.open("rb") as stream:
+            if file.is_jsonl:
+                yield from _jsonl_pieces(stream, file.path, piece_bytes, seen)
+            else:
+                yield from _cut(_blocks(stream, seen), piece_bytes)
     except OSError as error:
-        raise Refused("no-source", f"{file.path} cannot be read ({error.strerror}).") from error
-    with stream:
-        if file.is_jsonl:
-            yield from _jsonl_pieces(stream, file.path, piece_bytes, seen)
-        else:
-            yield from _cut(_blocks(stream, seen), piece_bytes)
+        raise Refused("no-source", f"{file.path} cannot be read ({error.strerror}): check its permissions and its disk.") from error
 
 
 def _blocks(stream: BinaryIO, seen: Callable[[bytes], None]) -> Iterator[bytes]:
