@@ -1,0 +1,108 @@
+"""Losses on fixed batches: of the basepoint, of a checkpoint, or of the live weights.
+
+Enters: any flat weight vector of the model, and the name of a part of the data. Leaves: an `Evaluation`. The batches are the same for every
+call and every peer with the same data and settings, so two losses can be compared; there is no token drop and no noise.
+
+The evaluator has a weight buffer and a model of its own: the live weights, their gradients and the trainer's batch plan are not touched,
+and it may run on another thread than training. The buffer costs 4 bytes per weight on the device, from the first evaluation on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tscale_fed.config import EvalSection
+from tscale_fed.data.manifest import Split
+from tscale_fed.data.token_data import Batch, TokenData
+from tscale_fed.device import Device, out_of_memory
+from tscale_fed.model.forward import Model
+from tscale_fed.model.loss import unigram_bias
+from tscale_fed.model.parameters import Parameters
+from tscale_fed.model.shape import ModelShape
+from tscale_net.ports import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One measured loss."""
+
+    split: Split
+    loss: float
+    """Mean over all positions with a target, nats per token."""
+    tokens: int
+    """Positions with a target."""
+    bits_per_byte: float
+    """The same loss per byte of text: comparable across tokenizers. NaN if the data does not say how many bytes there are."""
+    seconds: float
+
+
+class Evaluator:
+    """Measures losses of flat weights. One caller at a time."""
+
+    def __init__(self, shape: ModelShape, data: TokenData, settings: EvalSection, length: int, device: Device, clock: Clock) -> None:
+        """`length`: tokens per fragment, as in training."""
+        self._shape = shape
+        self._data = data
+        self._settings = settings
+        self._length = length
+        self._device = device
+        self._clock = clock
+        self._model: Model | None = None
+        self._batches: dict[Split, list[Batch]] = {}
+
+    def loss(self, weights: torch.Tensor, split: Split = "test") -> Evaluation:
+        """Loss of `weights` (float [parameters], any device; only read) on the fixed batches of `split`.
+
+        Raises Refused("small-data") if that part of the data is shorter than one fragment, Refused("out-of-memory") on a full GPU,
+        ValueError if the weights are not of this model.
+        """
+        started = self._clock.now()
+        batches = self._fixed_batches(split)
+        try:
+            total, tokens = self._sum(self._loaded(weights), batches)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self._device.torch_device, "an evaluation (halve fragments in [eval])") from error
+        loss = total / tokens
+        return Evaluation(split, loss, tokens, loss / math.log(2) / self._bytes_per_token(split), self._clock.now() - started)
+
+    def _fixed_batches(self, split: Split) -> list[Batch]:
+        if split not in self._batches:
+            self._batches[split] = self._data.evaluation_batches(self._settings.fragments, self._length, self._settings.batches, split)
+        return self._batches[split]
+
+    def _loaded(self, weights: torch.Tensor) -> Model:
+        if self._model is None:
+            bias2 = unigram_bias(torch.from_numpy(self._data.unigram_counts))
+            parameters = _read_only(self._shape, self._device.torch_device)
+            self._model = Model(self._shape, parameters, bias2, compute_dtype=self._device.precision)
+        self._model.parameter_store.load(weights)
+        return self._model
+
+    @torch.no_grad()
+    def _sum(self, model: Model, batches: list[Batch]) -> tuple[float, int]:
+        """(loss sum in nats, positions with a target). Sums of batches are added in double precision: their order cannot matter."""
+        device, doc_start = self._device.torch_device, self._data.doc_start_token
+        total, tokens = 0.0, 0
+        for text, target in batches:
+            loss, count = model.loss(text.to(device), target.to(device), doc_start_token=doc_start)
+            total += float(loss)
+            tokens += int(count)
+        return total, tokens
+
+    def _bytes_per_token(self, split: Split) -> float:
+        part = self._data.manifest.split(split)
+        return part.text_bytes / part.tokens if part.tokens and part.text_bytes else math.nan
+
+
+def _read_only(shape: ModelShape, device: torch.device) -> Parameters:
+    """Parameters that are only ever read: their gradient buffer is given back."""
+    parameters = Parameters(shape, device)
+    for view in parameters.views.values():
+        view.grad = None
+        view.requires_grad_(False)
+    parameters.grads = {}
+    parameters.flat_grad = torch.empty(0, device=device)
+    return parameters

@@ -1,0 +1,218 @@
+"""The local training loop of one peer: one call, one step.
+
+Enters: model, optimizer, token data, the recipe of the run. Leaves: changed weights and a `StepReport`; for checkpoints all of its state as
+tensors and numbers, for joiners the small donor state.
+
+A step sums the gradient over `accumulate` groups of `fragments` fragments, then applies the optimizer once. Its text, its token drops and
+its input noise are functions of (run seed, peer id, own step) alone: nothing random is kept between steps, so the own step count *is* the
+data position and the random state, and anybody can draw the same batch again. Two counts drive the optimizer: its momentum follows the
+steps of this peer (a joiner starts at its donor's count), its rate follows the batches of the whole swarm against the run's budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from tscale_fed import donor_state
+from tscale_fed.config import Recipe
+from tscale_fed.data.token_data import TokenData
+from tscale_fed.device import out_of_memory
+from tscale_fed.model.forward import Model
+from tscale_fed.model.labels import draw_token_keep
+from tscale_fed.optimizer.rule import Optimizer
+from tscale_fed.optimizer.schedule import rate
+from tscale_net.errors import Refused
+from tscale_net.ports import Clock
+
+LOSS_AVERAGE_STEPS = 20
+"""Time constant of the moving average of the training loss: smooth enough to read, quick enough to show a fault."""
+NOISE_DOMAIN = "tscale-fed/step-noise/1"
+SEED_BYTES = 8
+SEED_MASK = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What one step did."""
+
+    step: int
+    """Own steps done, this one included."""
+    loss: float
+    """Mean over its tokens before the update, nats per token."""
+    tokens: int
+    """Tokens with a target."""
+    rate: float
+    """Step size used."""
+    seconds: float
+    """Time the step took."""
+
+
+class Trainer:
+    """Owns the live weights while it steps. Not thread-safe: one thread calls it (`TrainingThread`, or that of `tscale train`)."""
+
+    def __init__(
+        self, model: Model, optimizer: Optimizer, data: TokenData, recipe: Recipe, *, peer_id: str, budget_batches: int, clock: Clock
+    ) -> None:
+        """`budget_batches`: what the rate schedule is laid out for, in batches (= steps) of all peers together."""
+        self.model = model
+        self.optimizer = optimizer
+        self.data = data
+        self.recipe = recipe
+        self.peer_id = peer_id
+        self.budget_batches = budget_batches
+        self.steps = 0
+        """Own steps in this home directory: the data position."""
+        self.tokens = 0
+        """Tokens with a target that own steps have seen."""
+        self.loss_average = math.nan
+        """Moving average of the training loss, unbiased from the first step on; NaN before it."""
+        self.joined_at_step: int | None = None
+        """Own step at which this peer last joined a running swarm; None if it was there from the start."""
+        self._told_batches = 0
+        self._told_at_step = 0
+        self._averaged_steps = 0
+        self._clock = clock
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """The live weights: float32 [parameters] on the device, in canonical order. Change them in place, between steps only."""
+        return self.model.parameter_store.flat
+
+    @property
+    def swarm_batches(self) -> int:
+        """Batches of the whole swarm as far as known here: what was told last and own steps since. Alone: the own steps."""
+        return self._told_batches + self.steps - self._told_at_step
+
+    def tell_swarm_batches(self, batches: int) -> None:
+        """State how many batches the swarm has done, own ones included. It drives the rate."""
+        self._told_batches = batches
+        self._told_at_step = self.steps
+
+    def mark_joined(self) -> None:
+        """The weights were just replaced by those of a running swarm: begin the join warm-up."""
+        self.joined_at_step = self.steps
+
+    @property
+    def rate(self) -> float:
+        """Step size of the next step."""
+        since_join = None if self.joined_at_step is None else self.steps - self.joined_at_step
+        return rate(self.optimizer.settings, self.swarm_batches, self.budget_batches, since_join)
+
+    def step(self) -> StepReport:
+        """One step: draw the batch, accumulate the gradient, update.
+
+        Raises Refused, before any weight is touched: "loss-not-finite", or "out-of-memory" on a full GPU.
+        """
+        started = self._clock.now()
+        loss_sum, tokens = self._accumulate()
+        if not math.isfinite(loss_sum):
+            self.model.parameter_store.zero_grad()
+            raise Refused(
+                "loss-not-finite",
+                f"the training loss became {loss_sum} at step {self.steps + 1}: go back to an older checkpoint and lower [optimizer] rate",
+            )
+        used_rate, loss = self.rate, loss_sum / tokens
+        self.optimizer.step(used_rate)
+        self.steps += 1
+        self.tokens += tokens
+        self._average(loss)
+        return StepReport(self.steps, loss, tokens, used_rate, self._clock.now() - started)
+
+    def scale_momentum(self, keep: float) -> None:
+        """Multiply the momentum by 0 <= keep <= 1, as the sum rule asks of an author after each publication."""
+        if keep != 1.0:
+            self.optimizer.scale_momentum(keep)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        """Copies on the CPU of all that a bit-exact restore needs: weights, momentum, second moments, the optimizer's step count."""
+        return {"weights": self.weights.detach().to("cpu", copy=True), **self.optimizer.state_dict()}
+
+    def state_facts(self) -> dict[str, Any]:
+        """The rest of the state as JSON values. There is no random state to keep: see the module."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "loss_average": None if math.isnan(self.loss_average) else self.loss_average,
+            "averaged_steps": self._averaged_steps,
+            "joined_at_step": self.joined_at_step,
+            "told_batches": self._told_batches,
+            "told_at_step": self._told_at_step,
+        }
+
+    def load_state(self, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> None:
+        """Restore what `state_tensors` and `state_facts` gave; other names in either are ignored.
+
+        Raises Refused("wrong-checkpoint") if they belong to another model.
+        """
+        try:
+            self.model.parameter_store.load(tensors["weights"])
+            self.optimizer.load_state_dict(tensors)
+        except (KeyError, ValueError) as error:
+            raise Refused("wrong-checkpoint", f"the checkpoint belongs to another model ({error}): use another --home") from None
+        self.steps, self.tokens = facts["steps"], facts["tokens"]
+        self.loss_average = math.nan if facts["loss_average"] is None else facts["loss_average"]
+        self._averaged_steps = facts["averaged_steps"]
+        self.joined_at_step = facts["joined_at_step"]
+        self._told_batches, self._told_at_step = facts["told_batches"], facts["told_at_step"]
+
+    def donor_state(self) -> bytes:
+        """What a joiner adopts besides the weights: second moments and the optimizer's step count."""
+        return donor_state.encode(self.optimizer.second_moments(), self.optimizer.own_steps)
+
+    def donor_state_max_bytes(self) -> int:
+        """The most that `donor_state` of any peer of this run may have."""
+        return donor_state.max_bytes(self.optimizer.second_moments())
+
+    def adopt(self, data: bytes) -> None:
+        """Take a donor's `donor_state`; the momentum stays as it is (zero in a joiner).
+
+        Raises Refused("bad-donor-state") after strict checks: the bytes come from the network.
+        """
+        self.optimizer.adopt(*donor_state.decode(data, self.optimizer.second_moments()))
+
+    # -- inside a step -----------------------------------------------------------------------------------------------
+
+    def _accumulate(self) -> tuple[float, int]:
+        """(loss sum in nats, tokens with a target) of the step's batch; the gradient of the sum is in the gradient buffer afterwards."""
+        batch, device = self.recipe.batch, self.weights.device
+        text, target = self.data.batch(self.recipe.seed, self.peer_id, self.steps, batch.fragments * batch.accumulate, batch.length)
+        generator = self._noise_generator()
+        drop = self.recipe.model.token_drop
+        keep = draw_token_keep(text, 1.0 - drop, generator) if drop else None
+        loss_sum, tokens = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
+        try:
+            for group in range(batch.accumulate):
+                rows = slice(group * batch.fragments, (group + 1) * batch.fragments)
+                loss, count = self.model.loss(
+                    text[rows].to(device),
+                    target[rows].to(device),
+                    doc_start_token=self.data.doc_start_token,
+                    token_keep=None if keep is None else keep[rows].to(device),
+                    noise=generator if self.recipe.model.noise_rows else None,
+                )
+                loss.backward()
+                loss_sum += loss.detach()
+                tokens += count
+            return float(loss_sum), int(tokens)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(device, f"a step of {batch.fragments} fragments of {batch.length} tokens") from error
+
+    def _noise_generator(self) -> torch.Generator:
+        """Token drops and input noise of the coming step, on the CPU so that every device draws the same."""
+        # The peer id comes last and numbers hold no bar, so no two different triples give one string.
+        name = f"{NOISE_DOMAIN}|{self.recipe.seed}|{self.steps}|{self.peer_id}".encode()
+        seed = int.from_bytes(blake3(name).digest(SEED_BYTES), "little") & SEED_MASK
+        return torch.Generator().manual_seed(seed)
+
+    def _average(self, loss: float) -> None:
+        self._averaged_steps += 1
+        part = max(1.0 / LOSS_AVERAGE_STEPS, 1.0 / self._averaged_steps)
+        self.loss_average = loss if self._averaged_steps == 1 else self.loss_average + part * (loss - self.loss_average)
