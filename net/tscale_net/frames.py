@@ -24,7 +24,8 @@ from dataclasses import dataclass
 
 from tscale_net import limits
 from tscale_net.errors import Refused
-from tscale_net.ports import Channel
+from tscale_net.messages import TRANSFER_KINDS
+from tscale_net.ports import APPLICATION_KINDS_START, Channel
 
 MAGIC = b"TSF1"
 HEADER_VERSION = 1
@@ -76,3 +77,12 @@ def decode(parts: Sequence[bytes | memoryview], channel: Channel) -> tuple[Heade
     if length != len(body):
         raise Refused("truncated", f"A header announces {length} bytes but {len(body)} came.")
     return Header(kind, sequence, session), bytes(body)
+
+
+def check_outgoing(kind: int, body: bytes, channel: Channel) -> None:
+    """Refuse what no transport may be asked to send: foreign kinds (ValueError) and bodies over the limit (Refused("too-large"))."""
+    if kind not in TRANSFER_KINDS and not APPLICATION_KINDS_START <= kind <= 255:
+        raise ValueError(f"kind {kind} is reserved; applications use {APPLICATION_KINDS_START} to 255")
+    if len(body) > body_limit(channel):
+        limit = body_limit(channel)
+        raise Refused("too-large", f"A body of {len(body)} bytes is over the {limit} of the {channel.name} channel; send chunks.")

@@ -156,4 +156,10 @@ CHUNK_TIMEOUT_S = 30.0
 RELINK_WAIT_S = 20.0
 """How long a transfer waits for a lost link to come back before it gives up on that source."""
 RELINK_POLL_S = 0.25
+LINK_CHECK_S = 1.0
+"""How often a waiting transfer looks whether its link still stands."""
+RELINK_TRIES = 3
+"""Lost links in a row without one new chunk before a source is given up."""
+STEAL_AFTER_S = 5.0
+"""A chunk asked for so long ago may be asked from another source as well, when nothing else is left to ask for."""
 SOURCES_AT_ONCE = 6

@@ -15,10 +15,9 @@ from tscale_net.address import parse
 from tscale_net.address_book import AddressBook
 from tscale_net.errors import Refused
 from tscale_net.events import EventQueue
-from tscale_net.frames import body_limit
+from tscale_net.frames import check_outgoing
 from tscale_net.identity import Identity
-from tscale_net.messages import TRANSFER_KINDS
-from tscale_net.ports import APPLICATION_KINDS_START, Channel, Event, Frame, LinkDown, LinkInfo, LinkUp, PeerId
+from tscale_net.ports import Channel, Event, Frame, LinkDown, LinkInfo, LinkUp, PeerId
 from tscale_net.token_bucket import TokenBucket
 
 if TYPE_CHECKING:
@@ -208,12 +207,3 @@ class MemoryTransport:
     def _alive(self) -> None:
         if self.dead:
             raise Refused("closed")
-
-
-def check_outgoing(kind: int, body: bytes, channel: Channel) -> None:
-    """Refuse what no transport may be asked to send: foreign kinds (ValueError) and bodies over the limit (Refused("too-large"))."""
-    if kind not in TRANSFER_KINDS and not APPLICATION_KINDS_START <= kind <= 255:
-        raise ValueError(f"kind {kind} is reserved; applications use {APPLICATION_KINDS_START} to 255")
-    if len(body) > body_limit(channel):
-        limit = body_limit(channel)
-        raise Refused("too-large", f"A body of {len(body)} bytes is over the {limit} of the {channel.name} channel; send chunks.")
