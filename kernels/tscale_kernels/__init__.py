@@ -1,0 +1,11 @@
+"""Numerics: every operation as a plain-torch reference, a Triton kernel and one `run` that picks between them. Knows nothing else.
+
+Map of the room, in reading order:
+    limits.py         the numbers of the room: code widths, the largest step, block sizes
+    dispatch.py       which backend runs an operation ("ref" or "triton"), and why
+    delta_onebit.py   one-bit deltas: encode a displacement, add a decoded delta to an integer basepoint, on an exact grid
+    testing.py        error measure, shapes that break kernels, bit-exact comparison
+
+Every operation file has the same order: formula, reference, Triton kernel, `run` functions. The reference defines the semantics.
+Nothing is imported here, so `import tscale_kernels` costs nothing.
+"""
