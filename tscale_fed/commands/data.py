@@ -26,7 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     importing.add_argument("sources", nargs="+", metavar="SRC", help='file, folder, .jsonl with a "text" field, or builtin:demo')
     importing.add_argument("--tokenizer", default="bytes", metavar="NAME", help="bytes, gpt2 or a tokenizer.json (default: %(default)s)")
     importing.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory to make")
-    importing.add_argument("--held-out", type=float, default=DEFAULT_HELD_OUT, metavar="F", help="part kept for testing (default: %(default)s)")
+    held_out_help = "part of the text kept for testing (default: %(default)s)"
+    importing.add_argument("--held-out", type=float, default=DEFAULT_HELD_OUT, metavar="F", help=held_out_help)
 
     info = actions.add_parser("info", help="what is in a data directory", allow_abbrev=False)
     info.add_argument("directory", type=Path, metavar="DIR")

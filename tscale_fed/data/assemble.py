@@ -33,6 +33,8 @@ from tscale_fed.data.manifest import (
 from tscale_fed.data.shards import token_type
 from tscale_net.errors import Refused
 
+EMPTY_HASH = blake3(b"").hexdigest()
+
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a small new file; it is on the disk when this returns."""
@@ -44,7 +46,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def staging_directory(out_dir: Path) -> Iterator[Path]:
-    """A new directory on the disk of `out_dir`, to be filled and renamed; it and its (private) parent are deleted at the end if still there."""
+    """A new directory on the disk of `out_dir`, to be filled and renamed; what is left of it at the end is deleted."""
     parent = Path(tempfile.mkdtemp(prefix=f".{out_dir.name}.", suffix=".making", dir=out_dir.parent))
     try:
         staging = parent / "data"
@@ -83,7 +85,8 @@ def verify_directory(directory: Path) -> DataManifest:
 
 
 def assemble(out_dir: Path, manifest: DataManifest, fetched: Mapping[str, Path]) -> DataManifest:
-    """Make `out_dir` from fetched files: `fetched` maps each name of `manifest.files()` to where it lies. The files are moved.
+    """Make `out_dir` from fetched files: `fetched` maps each name of `manifest.files()` (empty files may be left out) to where it
+    lies. The files are moved, unless a check refuses them.
 
     If `out_dir` already holds this very manifest it is checked and kept. Raises Refused: "bad-data" (a file is missing, damaged or lies),
     "data-exists" (`out_dir` holds something else).
@@ -93,26 +96,25 @@ def assemble(out_dir: Path, manifest: DataManifest, fetched: Mapping[str, Path])
             return verify_directory(out_dir)
         raise Refused("data-exists", f"{out_dir} holds other data: choose another directory or remove it yourself.")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
+    # All are checked before any is moved: a refusal must not cost a long fetch.
+    for file in manifest.files():
+        source = fetched.get(file.name)
+        intact = file_matches(source, file) if file.size and source else file.size == 0 and file.hash == EMPTY_HASH
+        if not intact:
+            detail = f"{file.name} is missing or does not have the content that the run promises: fetch it from another peer."
+            raise Refused("bad-data", detail)
     with staging_directory(out_dir) as staging:
         for file in manifest.files():
-            _take(file, fetched.get(file.name), staging)
+            if file.size:
+                shutil.move(fetched[file.name], staging / file.name)
+            else:
+                write_durably(staging / file.name, b"")
         _check_content(staging, manifest)
         write_durably(staging / MANIFEST_FILE, encode_manifest(manifest))
         if out_dir.exists():
             out_dir.rmdir()
         staging.rename(out_dir)
     return manifest
-
-
-def _take(file: DataFile, source: Path | None, staging: Path) -> None:
-    target = staging / file.name
-    if file.size == 0 and source is None:  # nothing to fetch: an empty file is known by its hash
-        write_durably(target, b"")
-    elif source is not None and file_matches(source, file):
-        shutil.move(source, target)
-        return
-    if not file_matches(target, file):
-        raise Refused("bad-data", f"{file.name} is missing or does not have the content that the run promises: fetch it from another peer.")
 
 
 def _check_content(directory: Path, manifest: DataManifest) -> None:

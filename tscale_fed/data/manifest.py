@@ -40,7 +40,7 @@ START_BYTES = 8
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 TokenizerKind = Literal["bytes", "gpt2", "file"]
-Hash = Annotated[str, Meta(pattern="^[0-9a-f]+$", min_length=64, max_length=64)]
+Hash = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 """blake3, 256 bits, in hex."""
 TokenId = Annotated[int, Meta(ge=0, lt=limits.MAX_VOCAB)]
 SplitTokens = Annotated[int, Meta(ge=0, le=limits.MAX_SPLIT_TOKENS)]
