@@ -5,8 +5,8 @@ On disk: segments of consecutive records, the oldest dropped whole.
     record = magic u32 | body length u32 | stream key 40 B | seq u64 | chunk u32 | BLAKE3-64 of all that and the body | body
 Numbers are little-endian. A record is believed only if its checksum holds: the newest segment is checked in full when it is opened (a torn
 tail, after a crash, is cut off and said so), older ones when a record is read.
-Retention: the newest `retain_per_stream` numbers of each stream are kept while the log fits in `max_bytes`; beyond that the oldest segment
-goes, except that numbers from a stream's `hold` on are never dropped: an author's own packets that its last checkpoint does not contain.
+Retention: the newest `retain_per_stream` numbers of each stream are kept while the log fits in `max_bytes`; beyond that the oldest
+segment goes. Numbers from a stream's `hold` on are never dropped: an author's own packets that its last checkpoint does not contain.
 """
 
 from __future__ import annotations
@@ -188,11 +188,16 @@ class DeltaLog:
             self._hold[stream_key] = seq
 
     def _trim(self) -> None:
-        while len(self._segments) > 1 and not self._held(self._segments[0]):
-            total = sum(segment.size for segment in self._segments)
-            if total <= self._max_bytes and not self._expired(self._segments[0]):
+        """Drop segments that are expired, wherever they lie (a dead author's last packets must not keep all that follows); then, while the
+        log is too large, the oldest that is not held."""
+        for segment in [s for s in self._segments[:-1] if self._expired(s) and not self._held(s)]:
+            self._drop(segment)
+        excess = sum(segment.size for segment in self._segments) - self._max_bytes
+        for segment in [s for s in self._segments[:-1] if not self._held(s)]:
+            if excess <= 0:
                 return
-            self._drop(self._segments.pop(0))
+            excess -= segment.size
+            self._drop(segment)
 
     def _held(self, segment: _Segment) -> bool:
         return any(segment.newest.get(stream, 0) >= seq for stream, seq in self._hold.items())
@@ -201,6 +206,7 @@ class DeltaLog:
         return all(newest <= self._index.latest(stream) - self._retain for stream, newest in segment.newest.items())
 
     def _drop(self, segment: _Segment) -> None:
+        self._segments.remove(segment)
         for key in segment.keys:
             place = self._index.get(key)
             if isinstance(place, _Place) and place.segment is segment:
