@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tscale_fed.data import limits
 from tscale_fed.data.byte_tokenizer import ByteTokenizer
 from tscale_fed.data.importer import import_text
+from tscale_fed.data.manifest import DataManifest, SplitRecord
 from tscale_fed.data.sampling import batch_positions, spread_positions
 from tscale_fed.data.sources import DEMO
 from tscale_fed.data.token_data import NO_TARGET, TokenData
@@ -141,6 +143,30 @@ def test_too_little_text_for_the_fragments(counting: TokenData) -> None:
     with pytest.raises(Refused, match="The held-out part has 0 tokens") as refused:
         counting.evaluation_batches(1, 8, 1)
     assert refused.value.code == "small-data"
+
+
+def test_a_hundred_gigabytes_open_and_are_read_everywhere(tmp_path: Path) -> None:
+    """Files with holes: they have the size and take no room."""
+    tokens, shard_tokens, last_id = 50_000_000_000, limits.SHARD_BYTES // 2, 77
+    shards = -(-tokens // shard_tokens)
+    train = SplitRecord(tokens, tokens, 0, shard_tokens, ["0" * 64] * shards, "0" * 64)
+    test = SplitRecord(0, 0, 0, shard_tokens, [], "0" * 64)
+    manifest = DataManifest(1, ByteTokenizer().record, train, test, "0" * 64)
+    for file in manifest.files():
+        with (tmp_path / file.name).open("wb") as stream:
+            try:
+                stream.truncate(file.size)
+            except OSError as error:
+                pytest.skip(f"this file system has no files with holes: {error}")
+    with (tmp_path / manifest.files()[shards].name).open("r+b") as stream:
+        stream.seek(-2, 2)
+        stream.write(last_id.to_bytes(2, "little"))
+    data = TokenData(tmp_path, manifest)
+    text, target = data.batch(1, PEER, 0, 16, 128)
+    assert not text[:, 1:].any() and not target[:, 1:].any()
+    ids = np.empty(129, np.int64)
+    data._streams["train"].read(tokens - 129, ids)
+    assert ids[-1] == last_id and not ids[:-1].any()
 
 
 def test_open_checks_sizes(tmp_path: Path) -> None:

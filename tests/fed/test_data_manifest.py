@@ -96,6 +96,10 @@ def test_own_text_needs_the_runs_tokenizer(made: Path, tmp_path: Path) -> None:
     recipe = DataRecipe(read_manifest(made), served=False)
     recipe.check_own_data(recipe.data)
     (tmp_path / "b.txt").write_text("text\n" * 1000)
+    import_text([tmp_path / "b.txt"], ByteTokenizer(), tmp_path / "alike")
+    counts = made / recipe.data.vocabulary_files()[0].name
+    alike = TokenData.open(tmp_path / "alike", unigrams=counts)
+    assert (alike.unigram_counts == TokenData.open(made).unigram_counts).all() and alike.hash != recipe.data.hash
     own = import_text([tmp_path / "b.txt"], load_gpt2(), tmp_path / "own")
     with pytest.raises(Refused, match="the run uses bytes") as refused:
         recipe.check_own_data(own)

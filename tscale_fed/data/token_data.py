@@ -30,7 +30,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class TokenData:
     """See the module. Reading is thread-safe; nothing is kept between calls."""
 
-    def __init__(self, directory: Path, manifest: DataManifest) -> None:
+    def __init__(self, directory: Path, manifest: DataManifest, unigrams: Path | None = None) -> None:
         """Use `open`. Raises Refused("bad-data") if a file is missing or has the wrong size; content is checked by `verify_directory`."""
         self.directory = directory
         self.manifest = manifest
@@ -39,13 +39,17 @@ class TokenData:
             "train": TokenStream(directory, "train", manifest.train, token_bytes),
             "test": TokenStream(directory, "test", manifest.test, token_bytes),
         }
-        self.unigram_counts = read_unigrams(directory / UNIGRAMS_FILE, self.vocab)
-        """int64 [vocab]: occurrences in the training part."""
+        self.unigram_counts = read_unigrams(unigrams or directory / UNIGRAMS_FILE, self.vocab)
+        """int64 [vocab]: occurrences in the training part of the run's data (this data, unless `unigrams` says otherwise)."""
 
     @staticmethod
-    def open(directory: str | Path) -> TokenData:
-        """Map a data directory; milliseconds, whatever its size. Raises Refused: "no-data", "bad-data"."""
-        return TokenData(Path(directory), read_manifest(Path(directory)))
+    def open(directory: str | Path, unigrams: Path | None = None) -> TokenData:
+        """Map a data directory; milliseconds, whatever its size.
+
+        `unigrams`: the run's counts file, for a peer that trains on text of its own: the model's output bias is one for all peers, so it
+        must not come from that text. Raises Refused: "no-data", "bad-data".
+        """
+        return TokenData(Path(directory), read_manifest(Path(directory)), unigrams)
 
     @property
     def vocab(self) -> int:
