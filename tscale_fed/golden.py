@@ -15,6 +15,7 @@ import json
 import math
 import re
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,11 @@ class _Wrong(ValueError):
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         try:
-            with np.load(file, allow_pickle=False) as archive:
-                if not isinstance(archive, np.lib.npyio.NpzFile):
-                    raise BadGoldenFile(path, "this is one array, not an .npz file of several; give the file that the reference printed")
-                return {name: archive[name] for name in archive.files}
-        except AttributeError as error:  # a bare .npy: an array is no context manager
-            raise BadGoldenFile(path, "this is one array, not an .npz file of several; give the file that the reference printed") from error
-        except (ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError) as error:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise BadGoldenFile(path, "this is one array, not an .npz file of several; give the file that the reference printed")
+            return {name: archive[name] for name in archive.files}
+        except (ValueError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, zlib.error) as error:
             raise BadGoldenFile(path, "this is not a readable .npz file of plain arrays; it may be cut short or of another kind") from error
 
 

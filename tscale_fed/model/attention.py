@@ -49,7 +49,7 @@ def attention_ref(
     allowed = ((distance >= 1) & (distance <= width))[None, None]
     if document is not None:
         allowed = allowed & (document[:, None, :, None] == document[:, None, None, :])
-    logits = LOGIT_SCALE * torch.einsum("bthd,bshd->bhts", query, key) - slope * math.log(2.0) * distance
+    logits = LOGIT_SCALE * torch.einsum("bthd,bshd->bhts", query, key) - slope * math.log(2.0) * distance.to(query.dtype)
     logits = logits.masked_fill(~allowed, -math.inf)
     peak = logits.amax(-1, keepdim=True).clamp_min(0.0)  # 0 is the sink's logit
     weights = (logits - peak).exp()
@@ -78,7 +78,8 @@ def _with_sink(bias: torch.Tensor, slots: int) -> torch.Tensor:
 
 def _penalty(distance: torch.Tensor, width: int, slope: float, dtype: torch.dtype) -> torch.Tensor:
     allowed = (distance >= 1) & (distance <= width)
-    return torch.where(allowed, -slope * math.log(2.0) * distance, -math.inf).to(dtype)
+    precise = torch.promote_types(dtype, torch.float32)
+    return torch.where(allowed, -slope * math.log(2.0) * distance.to(precise), -math.inf).to(dtype)
 
 
 def full_bias(

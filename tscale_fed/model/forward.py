@@ -82,8 +82,8 @@ class Model(torch.nn.Module):
         self._kind_of_layer = tuple(self._kinds.index(kind) for kind in shape.layers())
         self._plans: dict[tuple[int, int], BatchPlan] = {}
         device = parameters.device
-        self._bias2 = torch.zeros(shape.vocab) if bias2 is None else bias2
-        self._bias2 = self._bias2.to(device, parameters.flat.dtype)
+        self.bias2 = torch.zeros(shape.vocab) if bias2 is None else bias2
+        self.bias2 = self.bias2.to(device, parameters.flat.dtype)
         self._channels = blocked_channels(shape.heads).to(device)
         self._columns = blocked_columns(shape.heads).to(device)
 
@@ -105,7 +105,7 @@ class Model(torch.nn.Module):
         for plan in self._plans.values():
             if plan.cosine.shape[0] == text.shape[1]:
                 return plan.cosine, plan.sine
-        return rotary_table(text.shape[1], text.device, self._bias2.dtype)
+        return rotary_table(text.shape[1], text.device, self.bias2.dtype)
 
     def _layer_weights(self, index: int, rounding: WeightRounding | None) -> LayerWeights:
         layer = self.layers[index]
@@ -164,7 +164,7 @@ class Model(torch.nn.Module):
     ) -> torch.Tensor:
         """Loss sum in nats (0-dim) of given labels; target int64 [B, T], -1 = no target."""
         state = self(labels, signs, plan, weight_rounding)
-        return summed_loss(state, self._final(weight_rounding), self._bias2, target, self.compute_dtype)
+        return summed_loss(state, self._final(weight_rounding), self.bias2, target, self.compute_dtype)
 
     def loss(
         self,
@@ -195,4 +195,4 @@ class Model(torch.nn.Module):
         """Natural logits [B, T, V] of the next token at every position of text [B, T]; no token drop, no noise, no gradient."""
         labels, signs = input_labels(self.shape, text)
         state = self(labels, signs, self.plan(text, doc_start_token), weight_rounding)
-        return logits(state, self._final(weight_rounding), self._bias2, self.compute_dtype)
+        return logits(state, self._final(weight_rounding), self.bias2, self.compute_dtype)
