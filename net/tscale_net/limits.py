@@ -66,6 +66,8 @@ CONGESTION_CONTROL = b"bbr"
 RESOLVE_TIMEOUT_S = 5.0
 CONNECT_TIMEOUT_S = 6.0
 """TCP and CURVE handshake: three round trips; covers one lost SYN (1 s) and a second (3 s)."""
+PROBE_TIMEOUT_S = 3.0
+"""A second, plain connection attempt that only finds the words for a failure."""
 HELLO_TIMEOUT_S = 5.0
 """From connection to HELLO, and from HELLO to its answer."""
 DUPLICATE_WAIT_S = 5.0
@@ -78,6 +80,8 @@ TICK_CREDIT_S = 2.0
 """A tick never counts more silence than this: when this process itself stalled, it doubts itself first."""
 RTT_WEIGHT = 0.125
 """EWMA weight of a new round-trip sample, as TCP does it (RFC 6298)."""
+FAREWELL_S = 3.0
+"""How long the bulk channel of a peer that said BYE on the control channel may still deliver."""
 FLUSH_S = 0.5
 """How long a BYE may take to leave before the connection is cut."""
 ROUTER_RETRY_S = 0.004
@@ -103,9 +107,11 @@ CONNECTIONS_TOTAL = 256
 """Accepted TCP connections; a link has two."""
 CONNECTIONS_PER_IP = 32
 """16 peers behind one router (guess). Loopback is exempt."""
-UNDELIVERED_BYTES = 8 * MIB
+UNDELIVERED_BYTES = 12 * MIB
 """Received by TCP but not delivered as whole messages: an unfinished multi-part message may grow without bound inside libzmq otherwise.
-An honest connection holds at most its high-water mark plus buffers."""
+An honest connection holds at most its high-water mark (16 x 512 KiB) plus buffers."""
+UNDELIVERED_LEAK_BYTES_S = 1 * KIB
+"""Heartbeats and framing are received but never delivered; this much per second is forgiven."""
 GUARD_TICK_S = 0.1
 CONTROL_FRAMES_PER_S = 500.0
 CONTROL_FRAMES_BURST = 2000.0
