@@ -58,7 +58,9 @@ class Neighbour:
     """What is going on with one linked peer."""
 
     announced: OrderedDict[Key, None] = field(default_factory=OrderedDict)
-    """Keys it is known to have (bounded, oldest forgotten): it need not be told again."""
+    """Keys it has or was sent (bounded, oldest forgotten): it need not be told again."""
+    confirmed: OrderedDict[Key, None] = field(default_factory=OrderedDict)
+    """Keys that it said it has (bounded): a receipt, while what was only sent may be lost with the link."""
     to_tell: list[Key] = field(default_factory=list)
     to_send: OrderedDict[Key, None] = field(default_factory=OrderedDict)
     """Keys it asked for."""
@@ -66,10 +68,17 @@ class Neighbour:
     """Packets asked of it and not yet here."""
 
     def has(self, key: Key) -> None:
-        self.announced[key] = None
-        self.announced.move_to_end(key)
-        if len(self.announced) > limits.neighbour_keys:
-            self.announced.popitem(last=False)
+        _remember(self.announced, key)
+
+    def says_it_has(self, key: Key) -> None:
+        _remember(self.announced, key)
+        _remember(self.confirmed, key)
+
+
+def _remember(keys: OrderedDict[Key, None], key: Key) -> None:
+    keys[key] = None
+    if len(keys) > limits.neighbour_keys:
+        keys.popitem(last=False)
 
 
 @dataclass(slots=True)
@@ -172,7 +181,7 @@ class Gossip:
         keys = decode_ranges(body, self._chunks)
         if kind == HAVE:
             for key in keys:
-                neighbour.has(key)
+                neighbour.says_it_has(key)
                 self._offer(key, peer)
         elif kind == WANT:
             for key in keys:
@@ -213,15 +222,19 @@ class Gossip:
 
     # -- time --------------------------------------------------------------------------------------------------------
 
-    def flush(self, now: float, pending_bytes: Callable[[PeerId], int]) -> list[Action]:
-        """Everything that can go out now: announcements, requests, packets asked for, a comparison that is due."""
-        actions: list[Action] = []
-        for peer in self._due_comparisons(now):
-            actions.append(Send(peer, SUMMARY, self._summary(full=False)))
-        actions += self._requests(now)
+    def tick(self, now: float) -> list[Action]:
+        """A few times a second: announcements (gathered, so that many packets share one message) and a comparison that is due."""
+        actions: list[Action] = [Send(peer, SUMMARY, self._summary(full=False)) for peer in self._due_comparisons(now)]
         for peer, neighbour in self._neighbours.items():
             actions += self._announcements(peer, neighbour)
-            actions += self._deliveries(peer, neighbour, pending_bytes(peer))
+        return actions
+
+    def flush(self, now: float, pending_bytes: Callable[[PeerId], int]) -> list[Action]:
+        """After events: requests, and packets that were asked for."""
+        actions = self._requests(now)
+        for peer, neighbour in self._neighbours.items():
+            if neighbour.to_send:
+                actions += self._deliveries(peer, neighbour, pending_bytes(peer))
         return actions
 
     def _due_comparisons(self, now: float) -> list[PeerId]:
@@ -298,8 +311,8 @@ class Gossip:
     # -- for people --------------------------------------------------------------------------------------------------
 
     def holders(self, key: Key) -> int:
-        """How many neighbours are known to have this packet."""
-        return sum(key in n.announced for n in self._neighbours.values())
+        """How many neighbours have said that they hold this packet."""
+        return sum(key in n.confirmed for n in self._neighbours.values())
 
     def backlog(self) -> int:
         """Packets known to exist that are not here yet."""

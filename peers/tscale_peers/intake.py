@@ -13,7 +13,7 @@ from tscale_net.ports import PeerId
 
 from tscale_peers import limits
 from tscale_peers.basepoint import Replica
-from tscale_peers.delta_log import DeltaLog, MemoryLog
+from tscale_peers.delta_log import PacketLog
 from tscale_peers.gossip import Gossip, Key
 from tscale_peers.meeting import MeetingPoint
 from tscale_peers.packet import Packet
@@ -22,7 +22,7 @@ from tscale_peers.packet import Packet
 class Intake:
     """`check` decodes strictly and verifies the signature (it may run on another thread); the rest runs on the event loop."""
 
-    def __init__(self, check: Callable[[bytes], Packet], gossip: Gossip, log: DeltaLog | MemoryLog, meeting: MeetingPoint) -> None:
+    def __init__(self, check: Callable[[bytes], Packet], gossip: Gossip, log: PacketLog, meeting: MeetingPoint) -> None:
         self.check = check
         self._gossip = gossip
         self._log = log

@@ -8,7 +8,8 @@ another peer's (digest, hash) pair equals ours; until then the peer says so.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from tscale_net.errors import Refused
@@ -30,37 +31,41 @@ class Learned:
     address: str
 
 
+@asynccontextmanager
+async def pumping(outside: Outside) -> AsyncIterator[dict[PeerId, bytes]]:
+    """Before there is a SwarmPeer: feed transfers, and remember which run each peer states (the value). Anything else comes again by gossip."""
+    runs: dict[PeerId, bytes] = {}
+    pump = asyncio.create_task(_pump(outside, runs))
+    try:
+        yield runs
+    finally:
+        pump.cancel()
+        await asyncio.gather(pump, return_exceptions=True)
+
+
 async def learn_run(outside: Outside, addresses: Sequence[str]) -> Learned:
     """Dial the addresses in turn until one gives a manifest that hashes to the run it states.
 
     Raises Refused("unreachable") that names every address tried and why it failed. The link stays up.
     """
-    runs: dict[PeerId, bytes] = {}
-    pump = asyncio.create_task(_pump(outside, runs))
     failures: list[str] = []
-    try:
+    async with pumping(outside) as runs:
         for address in addresses:
             try:
                 return await _ask(outside, address, runs)
             except Refused as refusal:
                 failures.append(f"{address}: {refusal.detail}")
-    finally:
-        pump.cancel()
-        await asyncio.gather(pump, return_exceptions=True)
     raise Refused("unreachable", "no given address could be joined. " + " ".join(failures))
 
 
 async def _pump(outside: Outside, runs: dict[PeerId, bytes]) -> None:
-    """Before there is a SwarmPeer: feed transfers, remember who stated which run. Anything else is sent again later by gossip."""
     while True:
         event = await outside.transport.next_event()
         if isinstance(event, LinkUp):
             runs[event.peer] = event.run
         elif isinstance(event, Frame):
-            try:
+            with suppress(Refused):
                 outside.transfers.handle(event)
-            except Refused:
-                continue
 
 
 async def _ask(outside: Outside, address: str, runs: dict[PeerId, bytes]) -> Learned:

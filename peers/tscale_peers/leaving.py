@@ -46,6 +46,5 @@ async def _held(peer: SwarmPeer) -> bool:
     while peer.linked and clock.now() < until:
         if not peer.unheld():
             return True
-        peer.flush()
         await clock.sleep(limits.tick_s)
     return not peer.unheld()

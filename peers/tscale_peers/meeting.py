@@ -120,10 +120,16 @@ class MeetingPoint:
         self.post(met)
         return state
 
-    def load_chunks(self, chunks: dict[int, bytes]) -> None:
-        """Replace chunks of the basepoint by a donor's; the displacement, and so private work, is kept. Raises Refused."""
+    def load_chunks(self, chunks: dict[int, bytes]) -> list[int]:
+        """Replace chunks of the basepoint by a donor's; the displacement, and so private work, is kept, except in the chunks returned
+        (see Exchange.load_chunks). Raises Refused."""
         with self._lock:
-            self.exchange.load_chunks(chunks)
+            return self.exchange.load_chunks(chunks)
+
+    def drop_displacement(self) -> None:
+        """Give up private work that is too old: W = B."""
+        with self._lock:
+            self.exchange.drop_displacement()
 
     def displacement_norm(self) -> float:
         with self._lock:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from tscale_net.errors import Refused
+from tscale_net.identity import peer_id_of
 from tscale_net.ports import Clock, Event, Frame, LinkDown, LinkUp, PeerId, Rng, Transport
 from tscale_net.transfer import Transfers
 
@@ -94,6 +95,8 @@ class SwarmPeer:
         self.linked: set[PeerId] = set()
         self.last_delta_at: dict[PeerId, float] = {}
         self.published = 0
+        self.published_bytes = 0
+        """Size of the newest own publication."""
         self.applied = 0
         self.training_active = False
         """Set by the trainer's owner; while False the event loop holds meetings itself."""
@@ -220,7 +223,6 @@ class SwarmPeer:
             record = self.membership.learn(sealed, now, source)
             if record is not None and record.peer != self.author.peer_id:
                 self.agreement.compare(record, self.meeting.replica.recent, now)
-        self._show(self.membership.tick(now))
 
     # -- packets and meetings ----------------------------------------------------------------------------------------
 
@@ -230,7 +232,7 @@ class SwarmPeer:
             try:
                 packet = await self.off_loop(lambda b=body: self._intake.check(b))  # type: ignore[misc]
                 if self._intake.accept(packet, body, source):
-                    self.last_delta_at[packet.author_peer] = self.outside.clock.now()
+                    self.last_delta_at[peer_id_of(packet.header.author)] = self.outside.clock.now()
                 self._want_flush()
             except Refused as refusal:
                 self._intake.reject(body, source)
@@ -244,10 +246,9 @@ class SwarmPeer:
     def _after_meeting(self, met: Met) -> None:
         self._met_at = self.outside.clock.now()
         for receipt in met.receipts:
-            if receipt.refused is not None:
-                self.board.refuse(receipt.refused, "the log")
-            elif receipt.applied:
-                self.applied += 1
+            if receipt.refusal is not None:
+                self.board.refuse(receipt.refusal, "the log")
+            self.applied += receipt.outcome == "applied"
         if met.published:
             self._spread(met)
         if met.state is not None:
@@ -263,7 +264,8 @@ class SwarmPeer:
         self._do(self.gossip.push(list(met.published)))
         self.gossip.accepted([key for key, _ in met.published], None)
         self.last_delta_at[self.author.peer_id] = self.outside.clock.now()
-        self.board.tell("published", f"delta {met.published[0][0][1]}: {sum(len(b) for _, b in met.published)} bytes")
+        self.published_bytes = sum(len(body) for _, body in met.published)
+        self.board.tell("published", f"delta {met.published[0][0][1]}: {self.published_bytes} bytes")
         self._want_flush()
 
     def _measure_rate(self, met: Met) -> None:
@@ -293,6 +295,7 @@ class SwarmPeer:
         self.meeting.may_publish = not self.leaving and not self.gossip.hold and self._uplink_free()
         if not self.training_active and not self.gossip.hold and now - self._met_at >= limits.idle_meeting_s:
             await self.off_loop(self.meeting.meet_idle)
+        self._do(self.gossip.tick(now))
         self.flush()
         self.unheld()
         need = self.gossip.unobtainable()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 from tscale_net.errors import Refused
@@ -50,12 +51,15 @@ class PeerRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     @property
     def peer(self) -> PeerId:
-        return peer_id_of(self.public_key)
+        return _peer_id_of(self.public_key)
 
     @property
     def age_key(self) -> tuple[int, int]:
         return (self.incarnation, self.seq)
 
+
+_peer_id_of = lru_cache(limits.record_book_peers * 4)(peer_id_of)
+"""Base58 is slow beside everything else that is done with a record."""
 
 _decoder = msgspec.msgpack.Decoder(PeerRecord)
 

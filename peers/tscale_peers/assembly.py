@@ -1,0 +1,91 @@
+"""Putting one peer together: the only place that knows how the parts of this room fit.
+
+Enters: a manifest, who the peer is, the outside world, its weights, its log. Leaves: a `SwarmPeer` ready to run, in the simulation exactly
+as on real sockets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tscale_peers.basepoint import Replica
+from tscale_peers.codec import codec_named
+from tscale_peers.delta_log import PacketLog
+from tscale_peers.exchange import Exchange, OuterRule, Signer
+from tscale_peers.gossip import Gossip
+from tscale_peers.intake import Intake
+from tscale_peers.manifest import RunManifest
+from tscale_peers.meeting import MeetingPoint
+from tscale_peers.notices import NoticeBoard
+from tscale_peers.packet import Packet, Terms
+from tscale_peers.peer import Author, Outside, PeerSettings, SwarmPeer
+
+
+@dataclass(frozen=True, slots=True)
+class RunTerms:
+    """What follows from a manifest once and for all."""
+
+    manifest: RunManifest
+    run: bytes
+    terms: Terms
+
+    @staticmethod
+    def of(manifest: RunManifest) -> RunTerms:
+        """Raises Refused if the manifest's codec is not known here."""
+        run = manifest.run_id
+        terms = Terms(run, manifest.layout(), codec_named(manifest.codec), manifest.limits.max_coefficient)
+        return RunTerms(manifest, run, terms)
+
+    def new_replica(self) -> Replica:
+        """Zero and empty: fill it from start weights, a checkpoint or donors."""
+        return Replica(self.terms.layout, self.terms.codec, self.manifest.limits.max_streams)
+
+    def rule(self) -> OuterRule:
+        r = self.manifest.rule
+        return OuterRule(share_scale=r.share_scale, own_leak=r.own_leak, momentum_keep=r.momentum_keep)
+
+
+class Saved(NamedTuple):
+    """What a checkpoint keeps of the exchange, beside weights and replica: the displacement, and the own packets it has paid."""
+
+    displacement: Tensor
+    paid: bytes
+
+
+def assemble(
+    run: RunTerms,
+    author: Author,
+    outside: Outside,
+    *,
+    replica: Replica,
+    weights: Tensor,
+    log: PacketLog,
+    stream: int,
+    settings: PeerSettings,
+    board: NoticeBoard,
+    joined: bool,
+    saved: Saved | None = None,
+) -> SwarmPeer:
+    """A peer around these parts. `joined`: the replica is filled already (start weights or checkpoint); otherwise it holds back until a
+    snapshot is here (joining.fetch_snapshot). `weights`: the live flat fp32 weights, any device, changed in place; set to the basepoint unless
+    `saved` comes from the same checkpoint."""
+    terms = run.terms
+    signer = Signer(author.public_key, author.sign)
+    displacement, paid = saved if saved is not None else (None, None)
+    exchange = Exchange(
+        replica, weights, run.rule(), signer, stream, log, terms, outside.clock, displacement=displacement, paid=paid
+    )
+    meeting = MeetingPoint(exchange, replica, log, run.manifest.publish_every_steps, outside.clock, lambda body: Packet.decode(body, terms))
+    gossip = Gossip(replica.applied_copy(), len(terms.layout.chunks), log, outside.rng)
+    intake = Intake(lambda body: Packet.open(body, terms, outside.verify), gossip, log, meeting)
+    peer = SwarmPeer(
+        run=run.run, author=author, outside=outside, meeting=meeting, gossip=gossip, intake=intake, settings=settings, board=board
+    )
+    if joined:
+        peer.recount_known()
+    else:
+        gossip.hold = True
+    return peer
