@@ -1,7 +1,7 @@
 """The delta log: every packet that this peer can still give to others, append-only, replayable.
 
 Enters: checked packets with their keys. Leaves: their bytes by key, until retention drops them.
-On disk: segments of consecutive records, the oldest dropped whole.
+On disk: segments of consecutive records, dropped whole.
     record = magic u32 | body length u32 | stream key 40 B | seq u64 | chunk u32 | BLAKE3-64 of all that and the body | body
 Numbers are little-endian. A record is believed only if its checksum holds: the newest segment is checked in full when it is opened (a torn
 tail, after a crash, is cut off and said so), older ones when a record is read.

@@ -1,0 +1,260 @@
+"""The replica: exact sums in any order, range, hash, snapshot chunks from several donors."""
+
+import random
+
+import lz4.block
+import pytest
+import torch
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.peers.core_kit import LAYOUT, key_of, new_replica, opened, payload_for, sealed, start_weights, terms
+from tscale_net.errors import Refused
+from tscale_peers import limits, snapshot_chunk
+from tscale_peers.basepoint import Replica
+from tscale_peers.packet import Packet
+
+
+def packets(authors: int = 3, seqs: int = 4) -> list[Packet]:
+    bodies = [
+        sealed(payload_for(chunk, seed=100 * number + 10 * seq + chunk), number, seq=seq, chunk=chunk, batches_total=5 * seq)
+        for number in range(1, authors + 1)
+        for seq in range(1, seqs + 1)
+        for chunk in range(len(LAYOUT.chunks))
+    ]
+    return opened(bodies)
+
+
+ALL = packets()
+
+
+def independent_sum(listed: list[Packet]) -> torch.Tensor:
+    """B0 + all deltas, with nothing of the replica's code but the decoded payloads."""
+    units = torch.cat([torch.full((spec.size,), 2.0**spec.unit_exponent, dtype=torch.float64) for spec in LAYOUT.specs])
+    total = torch.round(start_weights().double() / units).to(torch.int64)
+    for packet in listed:
+        steps = packet.delta.steps.repeat_interleave(  # type: ignore[attr-defined]
+            torch.cat([torch.full((s.rows,), s.cols) for s in LAYOUT.chunks[packet.chunk].segments])
+        )
+        bits = packet.delta.bits  # type: ignore[attr-defined]
+        negative = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1).bool()
+        LAYOUT.chunks[packet.chunk].of(total).add_(torch.where(negative, -steps, steps))
+    return total
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_any_order_and_duplication_give_the_same_bits(rng: random.Random) -> None:
+    schedule = ALL + rng.sample(ALL, len(ALL) // 2)
+    rng.shuffle(schedule)
+    replica = new_replica(terms())
+    fresh = sum(replica.apply(packet) for packet in schedule)
+    assert fresh == len(ALL)
+    assert torch.equal(replica.basepoint.to(torch.int64), independent_sum(ALL))
+    straight = new_replica(terms())
+    for packet in ALL:
+        straight.apply(packet)
+    assert replica.state() == straight.state()
+    assert replica.applied.total_batches() == 3 * 20
+
+
+def test_different_sets_give_different_states() -> None:
+    replica, states = new_replica(terms()), set()
+    for packet in ALL:
+        replica.apply(packet)
+        states.add(replica.state())
+    assert len({digest for digest, _ in states}) == len({value for _, value in states}) == len(ALL)
+
+
+def test_the_hash_is_that_of_the_chunks_hashes_of_little_endian_int32() -> None:
+    replica = new_replica(terms())
+    for packet in ALL[:5]:
+        replica.apply(packet)
+        replica.hash()
+    parts = [blake3(chunk.of(replica.basepoint).numpy().astype("<i4").tobytes()).digest() for chunk in LAYOUT.chunks]
+    assert replica.hash() == blake3(b"".join(parts)).digest()
+
+
+def test_recent_states_are_bounded_and_hold_no_state_twice() -> None:
+    replica = new_replica(terms())
+    seen = []
+    for packet in ALL:
+        replica.apply(packet)
+        seen.append(replica.state())
+        replica.state()
+    assert list(replica.recent) == seen[-limits.recent_states :]
+
+
+def test_weights_are_the_integers_times_the_units() -> None:
+    replica = new_replica(terms())
+    want = torch.cat(
+        [(replica.basepoint[o : o + s.size] * 2.0**s.unit_exponent) for s, o in zip(LAYOUT.specs, LAYOUT.offsets, strict=True)]
+    )
+    assert torch.equal(replica.weights(), want)
+    assert (replica.weights() - start_weights()).abs().max() <= 2.0**-19
+
+
+# -- range ---------------------------------------------------------------------------------------------------------------
+
+
+def at_the_edge(units_left: int) -> Replica:
+    replica = new_replica(terms())
+    values = replica.basepoint.clone()
+    values[0], values[1] = limits.basepoint_range - units_left, -limits.basepoint_range + units_left
+    replica.restore(values, replica.applied)
+    return replica
+
+
+def test_a_packet_that_would_leave_the_range_is_refused_before_anything_changes() -> None:
+    packet = next(p for p in ALL if p.chunk == 0)
+    replica = at_the_edge(0)
+    before = replica.state()
+    with pytest.raises(Refused, match="wide") as caught:
+        replica.apply(packet)
+    assert caught.value.code == "out-of-range"
+    assert replica.state() == before and not replica.applied.contains(*packet.key)
+
+
+def test_a_refusal_for_the_range_is_not_for_ever() -> None:
+    packet = next(p for p in ALL if p.chunk == 0)
+    replica = at_the_edge(0)
+    with pytest.raises(Refused):
+        replica.apply(packet)
+    replica.restore(new_replica(terms()).basepoint, replica.applied)
+    assert replica.apply(packet)
+
+
+def test_a_packet_that_moves_inward_at_the_edge_is_taken() -> None:
+    """The cheap bound says no, the values themselves say yes."""
+    packet = next(p for p in ALL if p.chunk == 0)
+    moved = torch.zeros(LAYOUT.chunks[0].size, dtype=torch.int32)
+    packet.delta.add_to(moved)
+    replica = new_replica(terms())
+    values = replica.basepoint.clone()
+    values[0] = limits.basepoint_range if moved[0] < 0 else -limits.basepoint_range
+    replica.restore(values, replica.applied)
+    assert replica.apply(packet)
+    assert int(replica.basepoint[0]) == int(values[0]) + int(moved[0])
+
+
+def test_the_running_bound_is_never_below_the_values() -> None:
+    replica = new_replica(terms())
+    for packet in ALL:
+        replica.apply(packet)
+        chunk = LAYOUT.chunks[packet.chunk]
+        assert replica._bounds[packet.chunk] >= int(chunk.of(replica.basepoint).abs().max())
+
+
+@pytest.mark.parametrize(("value", "code"), [(float("nan"), "not-finite"), (1e9, "out-of-range")])
+def test_start_weights_off_the_grid_are_refused_by_name(value: float, code: str) -> None:
+    weights = start_weights()
+    weights[LAYOUT.offsets[2] + 3] = value
+    replica = new_replica(terms())
+    before = replica.state()
+    with pytest.raises(Refused, match="tall") as caught:
+        replica.set_start(weights)
+    assert caught.value.code == code and replica.state() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused() -> None:
+    replica = new_replica(terms())
+    for wrong in (replica.basepoint[:-1], replica.basepoint.float()):
+        with pytest.raises(Refused) as caught:
+            replica.restore(wrong, replica.applied)
+        assert caught.value.code == "bad-checkpoint"
+
+
+# -- snapshots -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_chunks_from_donors_with_different_sets_and_a_replay_give_the_same_hash(rng: random.Random) -> None:
+    donors = []
+    for _ in range(3):
+        donor = new_replica(terms())
+        for packet in rng.sample(ALL, rng.randrange(len(ALL))):
+            donor.apply(packet)
+        donors.append(donor)
+    joiner = Replica(LAYOUT, terms().codec)
+    for packet in rng.sample(ALL, 5):  # what a joiner applied before the snapshot came is replaced together with its entries
+        joiner.apply(packet)
+    for chunk in LAYOUT.chunks:
+        joiner.load_chunk(chunk.index, rng.choice(donors).read_chunk(chunk.index))
+    replay = list(ALL)
+    rng.shuffle(replay)
+    for replica in (joiner, *donors):
+        for packet in replay:
+            replica.apply(packet)
+    assert len({replica.state() for replica in (joiner, *donors)}) == 1
+    assert joiner.applied.batches == {key_of(number): 20 for number in (1, 2, 3)}
+
+
+def test_a_chunk_is_compressed_only_where_it_gains() -> None:
+    small = torch.randint(-1000, 1000, (4096,), dtype=torch.int32)
+    noise = torch.randint(-(1 << 30), 1 << 30, (4096,), dtype=torch.int32)
+    for values, packing in ((small, snapshot_chunk.PLANES), (noise, snapshot_chunk.PLAIN)):
+        data = snapshot_chunk.encode(3, values, [])
+        assert data[1] == packing
+        back, entries = snapshot_chunk.decode(data, 3, 4096, torch.int32, 10)
+        assert torch.equal(back, values) and entries == []
+    assert len(snapshot_chunk.encode(3, small, [])) < 0.7 * 4 * 4096
+
+
+@given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=64))
+def test_packing_is_exact_for_all_integers(listed: list[int]) -> None:
+    values = torch.tensor(listed * 8, dtype=torch.int32)
+    data = snapshot_chunk.encode(0, values, [])
+    assert torch.equal(snapshot_chunk.decode(data, 0, len(values), torch.int32, 1)[0], values)
+
+
+def bad_chunks() -> dict[str, bytes]:
+    replica = new_replica(terms())
+    for packet in ALL:
+        replica.apply(packet)
+    good = replica.read_chunk(0)
+    values = LAYOUT.chunks[0].of(replica.basepoint)
+    outside = values.clone()
+    outside[0] = limits.basepoint_range + 1
+    planes = lz4.block.compress(bytes(4 * (LAYOUT.chunks[0].size + 1)), store_size=False)
+    return {
+        "empty": b"",
+        "head only": good[:5],
+        "other chunk": replica.read_chunk(1),
+        "truncated": good[:-1],
+        "longer": good + b"\0",
+        "version": b"\x07" + good[1:],
+        "packing": good[:1] + b"\x09" + good[2:],
+        "entries too long": good[:6] + b"\xff\xff\xff\x7f" + good[10:],
+        "entries damaged": good[:10] + b"\x05" + good[11:],
+        "too many streams": snapshot_chunk.encode(0, values, replica.applied.chunk_entries(0) * 1),
+        "out of range": snapshot_chunk.encode(0, outside, []),
+        "unpacks to more": good[:1] + b"\x01" + good[2:6] + b"\x01\0\0\0" + b"\0" + planes,
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in bad_chunks() if name != "too many streams"])
+def test_bad_chunks_are_refused_and_change_nothing(name: str) -> None:
+    replica = new_replica(terms())
+    before = replica.state()
+    with pytest.raises(Refused):
+        replica.load_chunk(0, bad_chunks()[name])
+    assert replica.state() == before
+
+
+def test_a_chunk_with_more_streams_than_the_run_allows_is_refused() -> None:
+    replica = Replica(LAYOUT, terms().codec, max_streams=2)
+    before = replica.state()
+    with pytest.raises(Refused) as caught:
+        replica.load_chunk(0, bad_chunks()["too many streams"])
+    assert caught.value.code == "too-many-streams" and replica.state() == before
+
+
+def test_a_stream_too_many_is_refused_and_changes_nothing() -> None:
+    replica = Replica(LAYOUT, terms().codec, max_streams=1)
+    assert replica.apply(ALL[0])
+    before = replica.state()
+    with pytest.raises(Refused) as caught:
+        replica.apply(next(p for p in ALL if p.stream_key != ALL[0].stream_key))
+    assert caught.value.code == "too-many-streams" and replica.state() == before
