@@ -107,7 +107,7 @@ class Listener:
             self._receptionist.stranger_refused(refusal)
             self._turn_away(route, refusal)
         except WireGone:
-            self._hang_up(route, 0.0)
+            route.wire.close()
 
     def _new_route(self, parts: list[zmq.Frame]) -> Route:
         self.guard.catch_up()
@@ -116,7 +116,7 @@ class Listener:
         address = accepted.address if accepted else str(_property(parts[-1], "Peer-Address") or "unknown address")
         curve_key = str(_property(parts[-1], "User-Id") or "").encode()
         route_id = parts[0].bytes
-        wire = RouterWire(self._socket, route_id, self._clock, lambda linger_s: self._hang_up(route, linger_s))
+        wire = RouterWire(self._socket, route_id, self._clock, lambda flush_s: self._hang_up(route, flush_s))
         route = Route(route_id, curve_key, accepted, address, wire)
         self._routes[route_id] = route
         return route
@@ -140,15 +140,15 @@ class Listener:
             route.wire.try_send(Kind.BYE, encode(bye_of(refusal.code, refusal.detail)))
         except WireGone:
             pass  # gone before it could hear the reason
-        route.wire.close(limits.FLUSH_S)
+        route.wire.close_later(limits.FLUSH_S)
 
-    def _hang_up(self, route: Route, linger_s: float) -> None:
+    def _hang_up(self, route: Route, flush_s: float) -> None:
         route.closed = True
         route.link = None
         if route.accepted is None:
             return  # cannot be cut here; what it still sends is thrown away
-        if linger_s > 0:
-            asyncio.get_running_loop().call_later(linger_s, self.guard.cut, route.accepted)
+        if flush_s > 0:
+            asyncio.get_running_loop().call_later(flush_s, self.guard.cut, route.accepted)
         else:
             self.guard.cut(route.accepted)
 
@@ -167,10 +167,10 @@ class Listener:
     def _connection_cut(self, code: str, detail: str) -> None:
         self._receptionist.stranger_refused(Refused(code, detail))
 
-    def close(self, linger_s: float) -> None:
-        """Stop listening; what was sent may leave for `linger_s`."""
+    def close(self) -> None:
+        """Stop listening and close all connections."""
         self.guard.close()
-        self._socket.close(linger=int(linger_s * 1000))
+        self._socket.close(linger=0)
 
 
 def _property(frame: zmq.Frame, name: str) -> str | None:

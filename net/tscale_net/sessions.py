@@ -177,10 +177,24 @@ class Sessions:
     async def _see_out(self, link: Link) -> None:
         try:
             async with asyncio.timeout(limits.FLUSH_S):
-                await link.written()
+                await link.finished.wait()
         except TimeoutError:
             pass  # the connection is stuck; the BYE is a courtesy
-        link.stop(limits.FLUSH_S)
+        link.stop()
+
+    async def close(self, linger_s: float) -> None:
+        """Say BYE on all links and wait until the peers have read it, at most `linger_s`. No LinkDown is queued."""
+        links = list(self.links.values())
+        self.links.clear()
+        for link in links:
+            link.say_bye("leave", "it was stopped", discard=linger_s <= 0)
+        if links:
+            waits = [asyncio.ensure_future(link.finished.wait()) for link in links]
+            _, stuck = await asyncio.wait(waits, timeout=max(linger_s, limits.FLUSH_S))
+            for wait in stuck:
+                wait.cancel()
+        for link in links:
+            link.stop()
 
     def tick(self) -> None:
         """Called about once a second."""

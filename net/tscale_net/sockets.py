@@ -137,7 +137,7 @@ def listening_pair(host: str, port: int) -> tuple[socket.socket, socket.socket]:
 
 def _listen_or_refuse(host: str, port: int) -> socket.socket:
     if port > 65535:
-        raise Refused("cannot-listen", f"Port {port} does not exist, and the hello door needs the port after the links'. Choose a lower one.")
+        raise Refused("cannot-listen", f"There is no port {port}; the hello door takes the port after the links. Choose a lower one.")
     try:
         return listening_socket(host, port)
     except OSError as error:

@@ -229,23 +229,13 @@ class ZmqTransport:
         self._closed = True
         if self._door is not None:
             self._door.close()
-        links = list(self._sessions.links.values())
-        for link in links:
-            link.say_bye("leave", "it was stopped", discard=linger_s <= 0)
-        if links:
-            farewells = [asyncio.ensure_future(link.written()) for link in links]
-            _, stuck = await asyncio.wait(farewells, timeout=max(linger_s, limits.FLUSH_S))
-            for farewell in stuck:
-                farewell.cancel()
+        await self._sessions.close(linger_s)
         await self._tasks.close()
-        for link in links:
-            link.ended = True
-            link.stop(limits.FLUSH_S)
         if self._listener is not None:
-            self._listener.close(limits.FLUSH_S)
+            self._listener.close()
         self._admission.close()
         self._events.close()
-        # Returns when all that was sent has left or the linger of the sockets is over.
+        # In a thread, since it blocks until libzmq's own thread has closed everything.
         await asyncio.get_running_loop().run_in_executor(None, self._context.term)
 
     def _alive(self) -> None:

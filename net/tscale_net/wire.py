@@ -59,8 +59,8 @@ class Wire:
         """Hand a message to the socket, waiting for room. Raises WireGone."""
         raise NotImplementedError
 
-    def close(self, linger_s: float = 0.0) -> None:
-        """End the connection, giving what was sent `linger_s` to leave. May be called twice."""
+    def close(self) -> None:
+        """End the connection now. May be called twice."""
         raise NotImplementedError
 
 
@@ -87,11 +87,11 @@ class DealerWire(Wire):
         """Whether a message waits to be read."""
         return has_mail(self.socket)
 
-    def close(self, linger_s: float = 0.0) -> None:
+    def close(self) -> None:
         if not self.socket.closed:
             if self.before_close is not None:
                 self.before_close()
-            self.socket.close(linger=int(linger_s * 1000))
+            self.socket.close(linger=0)
 
 
 class RouterWire(Wire):
@@ -126,7 +126,11 @@ class RouterWire(Wire):
         while not self.try_send(kind, body):
             await self._clock.sleep(limits.ROUTER_RETRY_S)
 
-    def close(self, linger_s: float = 0.0) -> None:
+    def close(self) -> None:
+        self.close_later(0.0)
+
+    def close_later(self, flush_s: float) -> None:
+        """Send nothing more, and end the connection when what was sent had `flush_s` to leave."""
         if not self._closed:
             self._closed = True
-            self._hang_up(linger_s)
+            self._hang_up(flush_s)
