@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from tscale_net import limits
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity
 from tscale_net.memory_transport import MemoryTransport
 from tscale_net.ports import Channel, Clock, Frame, LinkInfo, PeerId, Rng
+
+_AFTER_S = 1e-6
 
 
 class MemoryNetwork:
@@ -172,9 +174,9 @@ class MemoryLink:
 
     def goodbye(self, sender: MemoryTransport, reason: str) -> None:
         """`sender` leaves: the far end learns it after everything that was sent before."""
-        arrival_s = max(
-            self.network.clock.now() + self.latency_s, *(self._pipes[sender.peer_id, channel].last_s for channel in Channel)
-        )
+        last_s = max(self._pipes[sender.peer_id, channel].last_s for channel in Channel)
+        # Timers of the same moment have no order, hence a little later than the last message.
+        arrival_s = max(self.network.clock.now() + self.latency_s, last_s) + _AFTER_S
         far = self.other(sender)
         sender.forget_link(self)
         if self.blocked:
@@ -209,8 +211,7 @@ class MemoryLink:
         self.network.remove(self)
         end.link_down(self, reason)
 
-    def _later(self, seconds: float, action: object) -> asyncio.TimerHandle:
-        assert callable(action)
+    def _later(self, seconds: float, action: Callable[[], None]) -> asyncio.TimerHandle:
         return asyncio.get_running_loop().call_later(seconds, action)
 
     def info(self, end: MemoryTransport) -> LinkInfo:

@@ -12,8 +12,19 @@
 
 from __future__ import annotations
 
+from tscale_net.conformance import CASES, Arena, transport_conformance
 from tscale_net.memory_network import MemoryNetwork
 from tscale_net.memory_transport import MemoryTransport
 from tscale_net.virtual_time import Deadlock, VirtualClock, VirtualLoop, run_virtual
 
-__all__ = ["Deadlock", "MemoryNetwork", "MemoryTransport", "VirtualClock", "VirtualLoop", "run_virtual"]
+__all__ = [
+    "CASES",
+    "Arena",
+    "Deadlock",
+    "MemoryNetwork",
+    "MemoryTransport",
+    "VirtualClock",
+    "VirtualLoop",
+    "run_virtual",
+    "transport_conformance",
+]
