@@ -47,3 +47,13 @@ RECONNECT_INTERVAL_S = 1.0
 # Demo.
 DEMO_SECONDS = 120
 """Default length of the training part of the demo, chosen so that the whole ends within 3 minutes on 2 CPU cores."""
+
+# A running peer.
+CATCH_UP_S = 20.0
+"""A returning peer waits at most this long for what it missed before it trains on; the rest comes while it trains."""
+DONOR_STATE_S = 30.0
+"""Optimizer statistics are kilobytes: who does not send them by then is not asked longer."""
+STATUS_INTERVAL_S = 0.5
+"""How often the console's status line may change."""
+LINGER_S = 1.0
+"""Time for the last BYE to leave."""

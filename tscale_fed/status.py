@@ -17,7 +17,7 @@ from tscale_fed.limits import EVENT_CHARACTERS, LOSS_POINTS, RECENT_STATES, STAT
 from tscale_fed.units import plain
 
 Phase = Literal["joining", "training", "paused", "leaving"]
-PeerState = Literal["live", "suspect", "dead", "banned"]
+PeerState = Literal["live", "suspect", "dead", "left", "banned"]
 
 
 class RecentState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -98,6 +98,8 @@ class Gossip:
         self.known = known
         self.hold = False
         """While a snapshot is being fetched nothing is pulled: its contents are not known yet."""
+        self.compared = False
+        """Some neighbour's set was compared with ours: what it knows is either here or on its way."""
         self._chunks = chunks
         self._store = store
         self._rng = rng
@@ -206,9 +208,11 @@ class Gossip:
 
     def _on_summary(self, peer: PeerId, neighbour: Neighbour, summary: Summary, now: float) -> list[Action]:
         if summary.digest == self.known.digest():
+            self.compared = True
             return []
         if not summary.applied:
             return [Send(peer, SUMMARY, self._summary(full=True), Channel.BULK)]
+        self.compared = True
         theirs = AppliedSet.decode(summary.applied, self._chunks, limits.streams_max)
         for key in _keys(self.known.missing_from(theirs), limits.anti_entropy_keys):
             self._offer(key, peer)

@@ -75,6 +75,10 @@ class MeetingPoint:
         self._inbox.extend(keys)
 
     @property
+    def steps_since_publish(self) -> int:
+        return self.last_progress.steps - self._published_at_step
+
+    @property
     def waiting(self) -> int:
         return len(self._inbox)
 
@@ -130,6 +134,11 @@ class MeetingPoint:
         """Give up private work that is too old: W = B."""
         with self._lock:
             self.exchange.drop_displacement()
+
+    def checkpointed(self) -> None:
+        """A checkpoint of the present state is durable: the log may let go of what it contains."""
+        with self._lock:
+            self.exchange.checkpointed()
 
     def displacement_norm(self) -> float:
         with self._lock:

@@ -31,6 +31,7 @@ from tscale_peers.messages import GOSSIP_KINDS, PACKET, RECORDS, decode_records
 from tscale_peers.notices import NoticeBoard
 from tscale_peers.records import PeerRecord, RecordBook, Verify
 from tscale_peers.share import RateAverage, share
+from tscale_peers.traffic import Traffic
 
 T = TypeVar("T")
 
@@ -92,6 +93,7 @@ class SwarmPeer:
         self.dialler = Dialler(outside.transport, self.membership, settings.bootstrap, board, clock, rng, self.name_of)
         self.agreement = Agreement(board)
         self.rate = RateAverage()
+        self.traffic = Traffic()
         self.linked: set[PeerId] = set()
         self.last_delta_at: dict[PeerId, float] = {}
         self.published = 0
@@ -298,6 +300,7 @@ class SwarmPeer:
         self._do(self.gossip.tick(now))
         self.flush()
         self.unheld()
+        self.traffic.note(self.outside.transport.links())
         need = self.gossip.unobtainable()
         if need is not None:
             self.reload_chunks(need)

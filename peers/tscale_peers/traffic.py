@@ -1,0 +1,31 @@
+"""Bytes up and down since start, over links that come and go.
+
+Enters: the transport's live links, now and then. Leaves: totals. A link's own counters start at zero with each session.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tscale_net.ports import LinkInfo, PeerId
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Totals of all links of this process."""
+
+    up_bytes: int = 0
+    down_bytes: int = 0
+    _seen: dict[PeerId, tuple[int, int]] = field(default_factory=dict)
+
+    def note(self, links: Iterable[LinkInfo]) -> None:
+        """Take in the present counters."""
+        seen = {}
+        for link in links:
+            up, down = self._seen.get(link.peer, (0, 0))
+            fresh = link.up_bytes < up or link.down_bytes < down
+            self.up_bytes += link.up_bytes - (0 if fresh else up)
+            self.down_bytes += link.down_bytes - (0 if fresh else down)
+            seen[link.peer] = (link.up_bytes, link.down_bytes)
+        self._seen = seen

@@ -1,0 +1,133 @@
+"""Which run this peer takes part in, and its text: the home's own, a new one, or one learned from the swarm.
+
+Enters: the ground, the command line. Leaves: a `FoundRun`: manifest, data, and start weights if the run is created here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tscale_net.errors import Refused
+from tscale_peers.joining import learn_run, pumping
+from tscale_peers.manifest import RunManifest
+
+from tscale_fed.assembly import prepare_data
+from tscale_fed.config import Recipe, RunConfig, load_config
+from tscale_fed.data.manifest import MANIFEST_FILE, DataRecipe
+from tscale_fed.data.token_data import TokenData
+from tscale_fed.ground import Ground
+from tscale_fed.home_run import known_manifest, remember_manifest
+from tscale_fed.new_run import check_same_run, create_run, recipe_of
+from tscale_fed.run_data import fetch_data, local_data, own_text
+
+FOLDER_HEX = 16
+"""Hex digits of the data's hash that name its folder."""
+RUN_HEX = 12
+"""Hex digits of the run id that people see."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundRun:
+    """A run that this machine can train."""
+
+    manifest: RunManifest
+    recipe: Recipe
+    data_recipe: DataRecipe
+    data: TokenData
+    start: torch.Tensor | None
+    """Start weights of a run created here just now; None: from a checkpoint or from the swarm."""
+    config: RunConfig
+    """Local matters (evaluation, checkpoints, device): from the run file, or defaults."""
+
+
+async def find_run(ground: Ground) -> FoundRun:
+    """The run, which the transport states from now on.
+
+    Raises Refused with what to do if there is nothing to run, or if home, run file and swarm do not fit together.
+    """
+    found = await _find(ground)
+    ground.outside.transport.run = found.manifest.run_id
+    return found
+
+
+async def _find(ground: Ground) -> FoundRun:
+    arguments = ground.arguments
+    known = known_manifest(ground.home)
+    config = load_config(arguments.config) if arguments.config else None
+    if config is not None:
+        return await _from_config(ground, config, known)
+    if known is None:
+        if not arguments.bootstrap:
+            raise Refused(
+                "no-run", "this home holds no run yet: join one with --bootstrap HOST:PORT, or start one with --role seed --config configs/demo-cpu.toml"
+            )
+        known = await _learn(ground)
+        remember_manifest(ground.home, known)
+    return await _with_data(ground, known)
+
+
+async def _from_config(ground: Ground, config: RunConfig, known: RunManifest | None) -> FoundRun:
+    data_root = ground.arguments.data_dir or ground.home.data
+
+    def progress(done: int, total: int, _rate: float) -> None:
+        ground.console.progress("text", done, total)
+
+    data = await asyncio.to_thread(prepare_data, config.data, data_root, progress)
+    start = None
+    if known is not None:
+        manifest = known
+        check_same_run(manifest, config, data)
+    else:
+        manifest, start = await asyncio.to_thread(create_run, config, data, ground.identity.public_key, ground.clock.wall())
+        remember_manifest(ground.home, manifest)
+    recipe, data_recipe = recipe_of(manifest)
+    return FoundRun(manifest, recipe, data_recipe, data, start, config)
+
+
+async def _learn(ground: Ground) -> RunManifest:
+    learned = await learn_run(ground.outside, ground.arguments.bootstrap)
+    manifest = learned.manifest
+    size = sum(t.rows * t.cols for t in manifest.tensors)
+    ground.console.say(f"{learned.address}  CURVE ok  run {manifest.name} ({manifest.run_id.hex()[:RUN_HEX]})  {size / 1e6:.2f} million weights")
+    return manifest
+
+
+async def _with_data(ground: Ground, manifest: RunManifest) -> FoundRun:
+    recipe, data_recipe = recipe_of(manifest)
+    data = local_data(data_recipe, _folders(ground, data_recipe))
+    if data is None:
+        data = await _obtained(ground, data_recipe)
+    return FoundRun(manifest, recipe, data_recipe, data, None, RunConfig())
+
+
+async def _obtained(ground: Ground, recipe: DataRecipe) -> TokenData:
+    """Own text from --data-dir, else the run's text from other peers."""
+    console, outside, given = ground.console, ground.outside, ground.arguments.data_dir
+    folder = _fetch_folder(ground, recipe)
+
+    def progress(here: int, total: int) -> None:
+        console.progress("text", here, total, sources=len(ground.linked()))
+
+    async with pumping(outside):
+        if not ground.linked():
+            for address in ground.arguments.bootstrap:
+                await outside.transport.dial(address)
+        if given is not None and (given / MANIFEST_FILE).is_file():
+            kept_in = folder.with_name(f"{folder.name}.counts")
+            return await own_text(recipe, given, kept_in, outside.transfers, ground.linked, progress)
+        return await fetch_data(recipe, folder, outside.transfers, ground.linked, progress)
+
+
+def _fetch_folder(ground: Ground, recipe: DataRecipe) -> Path:
+    return ground.home.data / recipe.data.hash[:FOLDER_HEX]
+
+
+def _folders(ground: Ground, recipe: DataRecipe) -> list[Path]:
+    """Where the run's data may lie: --data-dir itself, a folder below it, or what an earlier start fetched or imported."""
+    given: Path | None = ground.arguments.data_dir
+    roots = [root for root in (given, ground.home.data) if root is not None]
+    below = [child for root in roots if root.is_dir() for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    return [*([given] if given is not None else []), _fetch_folder(ground, recipe), *below]

@@ -1,0 +1,342 @@
+"""One running peer, once its run and text are known: swarm, training, evaluation, checkpoints, goodbye.
+
+Enters: ground and run. Leaves: a trained, published, checkpointed share of the run. Order of things:
+    build      model, replica, log; restore the newest checkpoint, or the start weights, or be empty
+    enter      links; a newcomer fetches the snapshot and a donor's optimizer statistics, a returning peer catches up
+    train      the training thread meets the swarm between its steps; evaluation and checkpoints run between steps too
+    leave      publish the rest, hand it over, save
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from tscale_net.errors import Refused
+from tscale_net.transfer import BlobSource
+from tscale_peers import limits as swarm_limits
+from tscale_peers.applied import AppliedSet
+from tscale_peers.assembly import RunTerms, Saved, assemble
+from tscale_peers.basepoint import Replica
+from tscale_peers.delta_log import DeltaLog
+from tscale_peers.donor import TRAINER_STATE, provide_from
+from tscale_peers.joining import fetch_snapshot, reload_when_needed
+from tscale_peers.meeting import Progress
+from tscale_peers.peer import PeerSettings, SwarmPeer
+
+from tscale_fed.assembly import build_evaluator, build_trainer
+from tscale_fed.checkpoint import Checkpoint, CheckpointStore
+from tscale_fed.control import Command
+from tscale_fed.data.serving import DataServer
+from tscale_fed.device import Device, choose_device
+from tscale_fed.find_run import FoundRun
+from tscale_fed.ground import Ground
+from tscale_fed.home_run import stream_number
+from tscale_fed.limits import CATCH_UP_S, DONOR_STATE_S, LINGER_S, STATUS_INTERVAL_S
+from tscale_fed.status import LossHistory, Phase
+from tscale_fed.trainer import Trainer
+from tscale_fed.training_thread import Priority, TrainingThread, default_threads
+
+
+State = tuple[int, dict[str, Tensor], dict[str, bytes], dict[str, Any]]
+"""(own steps, tensors, blobs, facts) of a checkpoint."""
+
+
+@dataclass(slots=True)
+class Built:
+    """The parts of a session."""
+
+    device: Device
+    trainer: Trainer
+    replica: Replica
+    peer: SwarmPeer
+    log: DeltaLog
+    store: CheckpointStore
+    checkpoint: Checkpoint | None
+    empty: bool
+    """The replica waits for a snapshot."""
+
+
+def build(ground: Ground, found: FoundRun) -> Built:
+    """Everything of the run on this machine. Raises Refused with one sentence for what does not fit."""
+    device = choose_device(ground.arguments.device, found.config.device.precision)
+    run = RunTerms.of(found.manifest)
+    replica = run.new_replica()
+    store = CheckpointStore(ground.home.checkpoints, found.config.checkpoint.keep)
+    checkpoint, remarks = store.latest()
+    for remark in remarks:
+        ground.console.warn(remark)
+    if checkpoint is not None:
+        replica.restore(checkpoint.tensors["basepoint"], AppliedSet.decode(checkpoint.blobs["applied"], replica.applied.chunks))
+    elif found.start is not None:
+        replica.set_start(found.start)
+    trainer = build_trainer(
+        found.recipe, found.data, device, replica.weights(),
+        peer_id=ground.identity.peer_id, budget_batches=found.manifest.budget_batches, clock=ground.clock,
+    )  # fmt: skip
+    saved = None
+    if checkpoint is not None:
+        trainer.load_state(checkpoint.tensors, checkpoint.facts)
+        saved = Saved(checkpoint.tensors["displacement"], checkpoint.blobs["paid"])
+    log = DeltaLog(ground.home.delta_log)
+    empty = checkpoint is None and found.start is None
+    settings = PeerSettings(ground.name, ground.arguments.role, tuple(ground.arguments.bootstrap), ground.addresses)
+    peer = assemble(
+        run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
+        stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,
+    )  # fmt: skip
+    peer.meeting.resume_at(progress_of(trainer, trained=False))
+    return Built(device, trainer, replica, peer, log, store, checkpoint, empty)
+
+
+def progress_of(trainer: Trainer, trained: bool) -> Progress:
+    """A step is a batch: the counts of this home's author stream."""
+    return Progress(trainer.steps, trainer.steps, trainer.tokens, trainer.loss_average, trained)
+
+
+class PeerSession:
+    """Runs the parts. `stop` is set by signals, by the control socket, or when the time is over."""
+
+    def __init__(self, ground: Ground, found: FoundRun, built: Built, stop: asyncio.Event) -> None:
+        self.ground = ground
+        self.found = found
+        self.built = built
+        self.phase: Phase = "joining"
+        self.stop = stop
+        self.losses = LossHistory()
+        self.snapshot_progress: tuple[int, int] | None = None
+        """Bytes here and in all while a snapshot is being fetched."""
+        threads = ground.arguments.threads or found.config.device.threads or default_threads(built.device.torch_device, beside_event_loop=True)
+        self.training = TrainingThread(built.trainer, ground.clock, Priority(threads), self._meet)
+        self._evaluator = build_evaluator(found.recipe, found.data, found.config.eval, built.device, ground.clock)
+        self._welcomed = False
+
+    def commands(self) -> Mapping[str, Command]:
+        """What the control socket may ask."""
+        return {"stop": self.stop.set, "pause": self.training.pause, "resume": self.training.resume}
+
+    async def run(self) -> None:
+        """Until `stop`. Raises Refused or TrainingFailed for what ended it otherwise; work done is saved first where possible."""
+        ground, peer = self.ground, self.built.peer
+        self._serve_blobs()
+        swarm = asyncio.create_task(peer.run())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                reload_when_needed(peer, self.found.manifest, tasks)
+                main = tasks.create_task(self._live())
+                tasks.create_task(self._watch(swarm, main))
+        finally:
+            self.phase = "leaving"
+            await self.training.stop()
+            peer.training_active = False
+            if not swarm.done():
+                await self._leave()
+            swarm.cancel()
+            await asyncio.gather(swarm, return_exceptions=True)
+            self._save()
+            await ground.outside.transport.close(LINGER_S)
+
+    async def _watch(self, swarm: asyncio.Task[None], main: asyncio.Task[None]) -> None:
+        """A fault of the swarm's tasks ends the session with that fault."""
+        await asyncio.wait({swarm, main}, return_when=asyncio.FIRST_COMPLETED)
+        if swarm.done():
+            swarm.result()
+
+    # -- entering ----------------------------------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        enter = asyncio.create_task(self._enter())
+        stop = asyncio.create_task(self.stop.wait())
+        try:
+            await asyncio.wait({enter, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if enter.done():
+                enter.result()
+                await self._train()
+        finally:
+            for task in (enter, stop):
+                task.cancel()
+            await asyncio.gather(enter, stop, return_exceptions=True)
+
+    async def _enter(self) -> None:
+        if self.built.empty:
+            await self._join()
+        elif self.built.checkpoint is not None:
+            await self._return()
+        else:
+            self.ground.console.say(f"new run {self.found.manifest.name}: {self.built.replica.layout.size / 1e6:.2f} million weights")
+
+    async def _join(self) -> None:
+        peer, trainer = self.built.peer, self.built.trainer
+        total = self.built.replica.layout.size * 4
+
+        def progress(here: int, chunks: int, received: int) -> None:
+            self.snapshot_progress = (received, max(total, received))
+            whole = received if here == chunks else max(total, received + 1)
+            self.ground.console.progress("snapshot", received, whole, sources=len(peer.linked))
+
+        await fetch_snapshot(peer, self.found.manifest, progress)
+        self.snapshot_progress = None
+        await self._adopt_statistics()
+        trainer.mark_joined()
+        trainer.tell_swarm_batches(peer.swarm_batches())
+        self.ground.console.say(f"basepoint {self.built.replica.hash().hex()[:8]} is here, {peer.swarm_batches()} batches in it")
+
+    async def _adopt_statistics(self) -> None:
+        """Second moments and step count of a donor. Without them training starts with empty statistics, which costs some steps."""
+        peer, trainer = self.built.peer, self.built.trainer
+        try:
+            async with asyncio.timeout(DONOR_STATE_S):
+                data = await self.ground.outside.transfers.fetch(
+                    TRAINER_STATE, sorted(peer.linked), max_bytes=trainer.donor_state_max_bytes()
+                )
+            trainer.adopt(data)
+        except (Refused, TimeoutError) as error:
+            why = error.detail if isinstance(error, Refused) else "no answer in time"
+            self.ground.console.warn(f"no optimizer statistics from the swarm ({why}): the first steps will be rougher")
+
+    async def _return(self) -> None:
+        """Catch up, then decide whether the private work of last time is still of use."""
+        peer, checkpoint = self.built.peer, self.built.checkpoint
+        assert checkpoint is not None
+        recovered = peer.meeting.exchange.recovered
+        self.ground.console.say(
+            f"checkpoint of step {self.built.trainer.steps} restored" + (f", {recovered} own packets recovered from the log" if recovered else "")
+        )
+        if self.ground.arguments.solo:
+            return
+        await self._catch_up()
+        self.built.trainer.tell_swarm_batches(peer.swarm_batches())
+        age = peer.swarm_batches() - int(checkpoint.facts["swarm_batches"])
+        limit = self.found.manifest.limits.displacement_max_age_batches
+        if age > limit:
+            peer.meeting.drop_displacement()
+            self.ground.console.warn(f"unpublished work of last time is dropped: the swarm has done {age} batches since, more than {limit}")
+
+    async def _catch_up(self) -> None:
+        """Until what neighbours know is here and applied, or for a while if nobody answers."""
+        peer, clock = self.built.peer, self.ground.clock
+        until = clock.now() + CATCH_UP_S
+        while clock.now() < until and not (peer.linked and peer.gossip.compared and not peer.gossip.backlog()):
+            await clock.sleep(swarm_limits.tick_s)
+        await peer.off_loop(peer.meeting.settle)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    async def _train(self) -> None:
+        batch, manifest = self.found.recipe.batch, self.found.manifest
+        tokens = batch.fragments * batch.accumulate * batch.length
+        self.ground.console.say(f"{self.built.device.reason}  plan: {tokens} tokens a step, a delta every {manifest.publish_every_steps} steps")
+        self.built.peer.training_active = True
+        self.phase = "training"
+        self.training.start()
+        async with asyncio.TaskGroup() as tasks:
+            ends = [tasks.create_task(self.training.finished()), tasks.create_task(self.stop.wait())]
+            helpers = [
+                tasks.create_task(self._every(self.found.config.eval.every_s, self._evaluate, at_once=True)),
+                tasks.create_task(self._every(self.found.config.checkpoint.every_s, self._checkpoint)),
+                tasks.create_task(self._show_status()),
+            ]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            for task in (*ends, *helpers):
+                task.cancel()
+
+    def _meet(self, trainer: Trainer) -> None:
+        """On the training thread, after each step."""
+        peer = self.built.peer
+        met = peer.meeting.meet(progress_of(trainer, trained=True))
+        trainer.scale_momentum(met.momentum_keep)
+        published = self.built.replica.applied.batches.get(peer.meeting.exchange.stream_key, 0)
+        trainer.tell_swarm_batches(peer.swarm_batches() - published + trainer.steps)
+
+    async def _every(self, seconds: float, work: Callable[[], Awaitable[None]], at_once: bool = False) -> None:
+        if seconds <= 0:
+            return
+        if at_once:
+            await work()
+        while True:
+            await self.ground.clock.sleep(seconds)
+            await work()
+
+    async def _evaluate(self) -> None:
+        """Held-out loss of the basepoint, between two steps."""
+        evaluation = await self.training.call(lambda trainer: self._evaluator.loss(self.built.replica.weights()))
+        self.built.peer.swarm_loss = evaluation.loss
+        self.losses.add(self.built.trainer.steps, self.training.report.loss_average, evaluation.loss)
+
+    async def _show_status(self) -> None:
+        from tscale_fed.peer_status import status_of
+
+        while True:
+            self.ground.console.status(status_of(self))
+            self._welcome()
+            await self.ground.clock.sleep(STATUS_INTERVAL_S)
+
+    def _welcome(self) -> None:
+        peer = self.built.peer
+        if not self._welcomed and peer.published and peer.linked and not peer.unheld():
+            self._welcomed = True
+            self.ground.console.say(f"✓ your first delta is in: {len(peer.linked)} peers are linked, weight {peer.share():.0%}. You are useful.")
+
+    # -- saving and leaving ------------------------------------------------------------------------------------------
+
+    async def _checkpoint(self) -> None:
+        """Copy between two steps, write beside training. A failure is shown and training goes on: the last checkpoint is intact."""
+        try:
+            state = await self.training.call(lambda trainer: self._state())
+            await asyncio.to_thread(self.built.store.save, *state)
+            self.built.peer.meeting.checkpointed()
+        except Refused as refusal:
+            self.ground.console.warn(refusal.detail)
+
+    def _state(self) -> State:
+        """(own steps, tensors, blobs, facts) of one moment. On the training thread, or when that has ended."""
+        peer, trainer = self.built.peer, self.built.trainer
+        with peer.meeting.exclusively():
+            exchange = peer.meeting.exchange
+            tensors = {
+                **trainer.state_tensors(),
+                "displacement": exchange.displacement().clone(),
+                "basepoint": self.built.replica.basepoint.clone(),
+            }
+            blobs = {"applied": self.built.replica.applied.encode(), "paid": exchange.paid.encode()}
+            facts = {
+                **trainer.state_facts(),
+                "run": self.found.manifest.run_id.hex(),
+                "swarm_batches": peer.swarm_batches(),
+                "unix": self.ground.clock.wall(),
+            }
+        return trainer.steps, tensors, blobs, facts
+
+    def _save(self) -> None:
+        if self.built.peer.gossip.hold or not math.isfinite(self.built.peer.meeting.displacement_norm()):
+            return  # nothing of ours yet, or nothing worth keeping
+        try:
+            self.built.store.save(*self._state())
+            self.built.peer.meeting.checkpointed()
+        except Refused as refusal:
+            self.ground.console.warn(refusal.detail)
+
+    async def _leave(self) -> None:
+        if self.ground.arguments.solo or self.built.peer.gossip.hold:
+            return
+        handed_over = await self.built.peer.leave(self.ground.console.say)
+        if self.built.peer.linked:
+            self.ground.console.say("all my work is with the swarm" if handed_over else "nobody confirmed my last deltas: they stay in this home's log")
+
+    def _serve_blobs(self) -> None:
+        peer, trainer = self.built.peer, self.built.trainer
+        server = DataServer(self.found.data.directory, self.found.data_recipe) if self._has_run_data() else None
+
+        async def extra(name: str) -> BlobSource | None:
+            return server.blob(name) if server is not None else None
+
+        chunks = len(self.built.replica.layout.chunks)
+        provider = provide_from(peer, self.found.manifest.encode(), chunks, lambda: None if peer.gossip.hold else trainer.donor_state(), extra)
+        self.ground.outside.transfers.serve(provider)
+
+    def _has_run_data(self) -> bool:
+        return self.found.data.manifest == self.found.data_recipe.data
