@@ -15,7 +15,6 @@ by one step or by one code on rows that lie at a rounding boundary). Receivers n
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -92,9 +91,9 @@ def _steps_of_means(mean: Tensor, coefficient: float, unit_exponent: int) -> Ten
 
 def _pack_signs(displacement: Tensor) -> Tensor:
     """uint8 [ceil(R*C/8)]: 1 where negative. Minus zero counts as positive."""
+    if displacement.device.type == "cpu":  # numpy's comparison is three times as fast as torch's here
+        return torch.from_numpy(np.packbits(np.less(displacement.numpy(), 0).reshape(-1), bitorder="little"))
     negative = (displacement < 0).reshape(-1)
-    if negative.device.type == "cpu":
-        return torch.from_numpy(np.packbits(negative.numpy(), bitorder="little"))
     short = -negative.numel() % 8
     lanes = torch.nn.functional.pad(negative, (0, short)).view(-1, 8).to(torch.uint8)
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=lanes.device)
@@ -137,7 +136,7 @@ if has_triton():
     import triton.language as tl
 
     @triton.jit
-    def encode_kernel(displacement: Any, mean: Any, bits: Any, cols: Any, inverse_cols: Any, BYTES: tl.constexpr) -> None:
+    def encode_kernel(displacement, mean, bits, cols, inverse_cols, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
         """mean[r] = sum |d_r| * inverse_cols and the packed signs of row r = program_id(0). Pointers: fp32, fp32, uint8."""
         row = tl.program_id(0).to(tl.int64)
         o_byte = tl.arange(0, BYTES)
@@ -153,7 +152,7 @@ if has_triton():
         tl.store(mean + row, tl.sum(total, axis=0) * inverse_cols)
 
     @triton.jit
-    def add_kernel(target: Any, bits: Any, amounts: Any, cols: Any, BYTES: tl.constexpr) -> None:
+    def add_kernel(target, bits, amounts, cols, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
         """target[r, x] += amounts[r] or, where the bit is set, -= . target and amounts: int32 or fp32 pointers of one type; bits: uint8."""
         row = tl.program_id(0).to(tl.int64)
         amount = tl.load(amounts + row)
