@@ -2,9 +2,9 @@
 
     python tests/bench/bench_delta.py [--threads 1] [--params 16777216]
 
-Baselines: numpy and torch `W += d` in fp32, which is the least that a receiver of uncompressed fp32 deltas would do (12 bytes moved per value).
-Wire bytes are exact packet sizes (header with the longest numbers, signature) for whole layouts, nothing estimated. Exits with 1 if they are
-above the goals: 0.145 for rows of 128, 0.130 for the 1.5B shapes.
+Baselines: numpy and torch `W += d` in fp32, the least that a receiver of uncompressed fp32 deltas would do (12 bytes moved per value).
+Wire bytes are exact packet sizes (header with the longest numbers, signature) for whole layouts, nothing estimated. Exits with 1 if they
+are above the goals: 0.145 for rows of 128, 0.130 for the 1.5B shapes.
 """
 
 from __future__ import annotations
