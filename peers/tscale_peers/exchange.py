@@ -60,6 +60,8 @@ class OuterRule:
             raise ValueError(f"rule.share_scale must be positive, not {self.share_scale}")
         if {self.own_leak, self.momentum_keep} - {"share", "one"}:
             raise ValueError('rule.own_leak and rule.momentum_keep must be "share" or "one"')
+        if self.grid_displacement and self.own_leak != "share":
+            raise ValueError('rule.grid_displacement needs rule.own_leak = "share": (c*q)/c does not lie on the grid')
 
 
 class Signer(NamedTuple):

@@ -210,7 +210,12 @@ def test_a_share_that_is_none_is_a_bug_of_the_caller(share: float) -> None:
 
 
 def test_rules_that_make_no_sense_are_refused_at_construction() -> None:
-    for wrong in ({"share_scale": 0.0}, {"share_scale": float("nan")}, {"own_leak": "half"}):
+    for wrong in (
+        {"share_scale": 0.0},
+        {"share_scale": float("nan")},
+        {"own_leak": "half"},
+        {"own_leak": "one", "grid_displacement": True},
+    ):
         with pytest.raises(ValueError, match="rule"):
             OuterRule(**wrong)  # type: ignore[arg-type]
 
