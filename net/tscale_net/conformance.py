@@ -17,7 +17,7 @@ from tscale_net.errors import Refused
 from tscale_net.frames import body_limit
 from tscale_net.ports import Channel, Clock, Frame, LinkDown, LinkUp, Transport, WireRefusal
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 """How long a promised event may take before the case fails."""
 KIND = 40
 RUN_A, RUN_B = bytes([1]) * 32, bytes([2]) * 32

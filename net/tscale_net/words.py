@@ -1,4 +1,4 @@
-"""The words of friendly names. Their order is part of the name of every peer: append, never reorder."""
+"""The words of friendly names. Number and order of the words decide the name of every peer: never change them."""
 
 from __future__ import annotations
 

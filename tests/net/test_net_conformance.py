@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 from net_kit import MemoryArena, ZmqArena
+
 from tscale_net.conformance import CASES, Case
-from tscale_net.testing import VirtualClock, run_virtual
 from tscale_net.ports import Rng
+from tscale_net.testing import VirtualClock, run_virtual
 
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 
