@@ -11,6 +11,7 @@ Read in this order:
 - `rotary.py`      rotary position embedding
 - `attention.py`   attention to the strict past with a zero sink: widths 1, local, full
 - `combiner.py`    gate and attention result -> the vector that the combiner matrix reads
+- `layer.py`       one layer: attention step and feed-forward step
 - `loss.py`        final layer and summed cross-entropy without a full logit array
 - `rounding.py`    emulation of stored precisions (int8 weights, half embedding, packed gradients)
 - `forward.py`     `Model`, which wires these together

@@ -1,47 +1,28 @@
 """The model: enters token ids and targets, leaves the summed loss or logits; weights come from `Parameters`.
 
-A layer (TScale), `lin(x, W) = x W^T / sqrt(inputs)`, `norm` = group normalisation, `rope` = rotary embedding:
-    n = norm(x);  q = rope(norm(lin(n, query)));  k = rope(lin(n, key));  g = norm(lin(n, gate));  v = norm(lin(n, value))
-    x = x + lin(combine(g, attention(q, k, v)), combiner)
-    x = x + lin(relu(norm(lin(norm(x), ffn_up))), ffn_down)
-The state x stays in the parameters' dtype; with `compute_dtype` (bf16 on CUDA) the products and what enters them are of that dtype.
-`forward` holds everything between labels and the final normalised state and has no branch on data, so `model.compile()` works.
+    labels -> signed sum of embedding rows -> `layer` after `layer` -> group normalisation -> final layer and loss
+The state stays in the parameters' dtype; with `compute_dtype` (bf16) the products and what enters them are of that dtype.
+`forward` holds everything between labels and the final normalised state.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from tscale_fed.model.attention import AttentionPlan, attend, build_plan
-from tscale_fed.model.combiner import blocked_channels, blocked_columns, pair_products
-from tscale_fed.model.constants import HEAD_CHANNELS
+from tscale_fed.model.attention import build_plan
+from tscale_fed.model.combiner import blocked_channels, blocked_columns
 from tscale_fed.model.labels import embed, input_labels
+from tscale_fed.model.layer import LayerPlan, LayerWeights, layer
 from tscale_fed.model.loss import NO_TARGET, logits, summed_loss
 from tscale_fed.model.normalise import normalise
 from tscale_fed.model.parameters import Parameters
-from tscale_fed.model.rotary import rotary_table, rotate
+from tscale_fed.model.rotary import rotary_table
 from tscale_fed.model.rounding import WeightRounding
 from tscale_fed.model.shape import ModelShape
 
-
-class LayerWeights(NamedTuple):
-    """The seven matrices of a layer, [outputs, inputs] each, in canonical order."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    gate: torch.Tensor
-    value: torch.Tensor
-    combiner: torch.Tensor
-    ffn_up: torch.Tensor
-    ffn_down: torch.Tensor
-
-
-class BatchPlan(NamedTuple):
-    """Everything of a batch that does not depend on weights."""
-
-    attention: AttentionPlan
-    cosine: torch.Tensor
-    sine: torch.Tensor
+BatchPlan = tuple[LayerPlan, ...]
+"""Everything of a batch that does not depend on weights: one entry per distinct (width, slope) of the model."""
 
 
 class _Matrices(torch.nn.Module):
@@ -80,7 +61,10 @@ class Model(torch.nn.Module):
         )
         self._kinds = tuple(dict.fromkeys(shape.layers()))
         self._kind_of_layer = tuple(self._kinds.index(kind) for kind in shape.layers())
-        self._plans: dict[tuple[int, int], BatchPlan] = {}
+        self._layer: Callable[[torch.Tensor, LayerWeights, LayerPlan, torch.dtype], torch.Tensor] = layer
+        self._plan: BatchPlan | None = None
+        self._plan_size: torch.Size | None = None
+        self._table: tuple[torch.Tensor, torch.Tensor] | None = None
         device = parameters.device
         self.bias2 = torch.zeros(shape.vocab) if bias2 is None else bias2
         self.bias2 = self.bias2.to(device, parameters.flat.dtype)
@@ -90,65 +74,46 @@ class Model(torch.nn.Module):
     def _apply(self, fn: object, recurse: bool = True) -> "Model":
         raise TypeError("a Model cannot be moved or converted; build Parameters with the wanted device and dtype and a new Model")
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """torch.compile with `options`, layer by layer: layers of one kind share a graph, so that deep models compile like shallow ones.
+
+        Sizes are static unless `dynamic` is given: a batch of another size compiles anew.
+        """
+        self._layer = torch.compile(layer, *args, **{"dynamic": False, **options})
+
     def plan(self, text: torch.Tensor, doc_start_token: int | None) -> BatchPlan:
-        """The batch plan of text [B, T]; plans without documents depend on the sizes only and are kept."""
-        key = (text.shape[0], text.shape[1])
-        if doc_start_token is None and key in self._plans:
-            return self._plans[key]
-        cosine, sine = self._rotary(text)
-        plan = BatchPlan(build_plan(self._kinds, text, doc_start_token, self.compute_dtype), cosine, sine)
+        """The batch plan of text [B, T]; the last plan without documents depends on the sizes only and is kept."""
+        if doc_start_token is None and self._plan is not None and self._plan_size == text.shape:
+            return self._plan
+        attention = build_plan(self._kinds, text, doc_start_token, self.compute_dtype)
+        cosine, sine = self._rotary(text.shape[1])
+        plan = tuple(
+            LayerPlan(kind, bias, attention.same_document, cosine, sine, self._channels, self._columns)
+            for kind, bias in zip(self._kinds, attention.biases, strict=True)
+        )
         if doc_start_token is None:
-            self._plans = {key: plan}  # one is enough: a run has one batch size; more would only hold memory
+            self._plan, self._plan_size = plan, text.shape
         return plan
 
-    def _rotary(self, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for plan in self._plans.values():
-            if plan.cosine.shape[0] == text.shape[1]:
-                return plan.cosine, plan.sine
-        return rotary_table(text.shape[1], text.device, self.bias2.dtype)
+    def _rotary(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last table is kept: a run has one fragment length."""
+        if self._table is None or self._table[0].shape[0] != tokens:
+            self._table = rotary_table(tokens, self.bias2.device, self.bias2.dtype)
+        return self._table
 
     def _layer_weights(self, index: int, rounding: WeightRounding | None) -> LayerWeights:
-        layer = self.layers[index]
-        weights = LayerWeights(*(getattr(layer, name) for name in LayerWeights._fields))
+        matrices = self.layers[index]
+        weights = LayerWeights(*(getattr(matrices, name) for name in LayerWeights._fields))
         if rounding is None:
             return weights
         return LayerWeights(*(rounding(f"layers.{index}.{name}", w) for name, w in zip(LayerWeights._fields, weights, strict=True)))
-
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x W^T / sqrt(inputs) in the compute dtype; the factor goes to the weight, which is smaller than x."""
-        return x @ (weight * weight.shape[1] ** -0.5).to(self.compute_dtype).T
-
-    def _attention(self, x: torch.Tensor, weights: LayerWeights, kind: int, plan: BatchPlan) -> torch.Tensor:
-        """What attention adds to state x [B, T, E]. Gate and value channels are in blocked order (`combiner`)."""
-        joined = torch.cat(
-            (weights.query, weights.gate.index_select(0, self._channels), weights.value.index_select(0, self._channels), weights.key)
-        )
-        projected = self._linear(normalise(x, self.compute_dtype), joined).unflatten(-1, (4, self.shape.heads, HEAD_CHANNELS))
-        to_normalise, key = projected.split((3, 1), dim=2)
-        query, gate, value = normalise(to_normalise).unbind(2)
-        attended = attend(
-            rotate(query, plan.cosine, plan.sine),
-            rotate(key.squeeze(2), plan.cosine, plan.sine),
-            value,
-            self._kinds[kind],
-            plan.attention.biases[kind],
-            plan.attention.same_document,
-        )
-        return self._linear(pair_products(gate, attended), weights.combiner.index_select(1, self._columns))
-
-    def _feed_forward(self, x: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
-        """What the feed-forward step adds to state x [B, T, E]."""
-        hidden = normalise(self._linear(normalise(x, self.compute_dtype), weights.ffn_up))
-        return self._linear(torch.relu(hidden), weights.ffn_down)
 
     def forward(self, labels: torch.Tensor, signs: torch.Tensor, plan: BatchPlan, rounding: WeightRounding | None = None) -> torch.Tensor:
         """Normalised final state [B, T, E] of labels [B, T, K] with signs [K] or [B, T, K]."""
         embedding = self.embedding if rounding is None else rounding("embedding", self.embedding)
         x = embed(embedding, labels, signs)
         for index, kind in enumerate(self._kind_of_layer):
-            weights = self._layer_weights(index, rounding)
-            x = x + self._attention(x, weights, kind, plan)
-            x = x + self._feed_forward(x, weights)
+            x = self._layer(x, self._layer_weights(index, rounding), plan[kind], self.compute_dtype)
         return normalise(x, self.compute_dtype)
 
     def _final(self, rounding: WeightRounding | None) -> torch.Tensor:
