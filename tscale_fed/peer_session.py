@@ -117,7 +117,19 @@ class PeerSession:
 
     def commands(self) -> Mapping[str, Command]:
         """What the control socket may ask."""
-        return {"stop": self.stop.set, "pause": self.training.pause, "resume": self.training.resume}
+        return {"stop": self._stop, "pause": self._pause, "resume": self._resume}
+
+    def _stop(self) -> str:
+        self.stop.set()
+        return "stopping: unpublished work is handed over first"
+
+    def _pause(self) -> str:
+        self.training.pause()
+        return "paused: still connected, not training"
+
+    def _resume(self) -> str:
+        self.training.resume()
+        return "training goes on"
 
     async def run(self) -> None:
         """Until `stop`. Raises Refused or TrainingFailed for what ended it otherwise; work done is saved first where possible."""
@@ -231,6 +243,7 @@ class PeerSession:
         tokens = batch.fragments * batch.accumulate * batch.length
         self.ground.console.say(f"{self.built.device.reason}  plan: {tokens} tokens a step, a delta every {manifest.publish_every_steps} steps")
         self.built.peer.training_active = True
+        await self.built.peer.off_loop(lambda: None)  # an idle meeting that has begun ends before the first step
         self.phase = "training"
         self.training.start()
         async with asyncio.TaskGroup() as tasks:
@@ -238,6 +251,7 @@ class PeerSession:
             helpers = [
                 tasks.create_task(self._every(self.found.config.eval.every_s, self._evaluate, at_once=True)),
                 tasks.create_task(self._every(self.found.config.checkpoint.every_s, self._checkpoint)),
+                tasks.create_task(self._every(swarm_limits.idle_meeting_s, self._meet_if_paused)),
                 tasks.create_task(self._show_status()),
             ]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -251,6 +265,11 @@ class PeerSession:
         trainer.scale_momentum(met.momentum_keep)
         published = self.built.replica.applied.batches.get(peer.meeting.exchange.stream_key, 0)
         trainer.tell_swarm_batches(peer.swarm_batches() - published + trainer.steps)
+
+    async def _meet_if_paused(self) -> None:
+        """While training stands still, what others publish is applied all the same; on the training thread, so no step can begin meanwhile."""
+        if self.training.report.paused:
+            await self.training.call(lambda trainer: self.built.peer.meeting.meet_idle())
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]], at_once: bool = False) -> None:
         if seconds <= 0:
