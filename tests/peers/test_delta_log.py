@@ -145,6 +145,7 @@ def test_a_full_disk_leaves_the_log_as_it_was(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(Refused, match="free disk space") as caught:
         fill(log, ONE, range(3, 4))
     assert caught.value.code == "log-write" and log.latest(ONE, 0) == 2
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) == log.size_bytes
     monkeypatch.undo()
     fill(log, ONE, range(3, 4))
     log.close()

@@ -373,3 +373,15 @@ def test_a_leaving_peer_drains_its_displacement() -> None:
         exchange.publish(1, 1.0)
     assert exchange.displacement_norm() < 0.45 * norm
     assert (exchange.weights - start_weights()).abs().max() > 0
+
+
+def test_a_number_is_never_used_again_even_if_basepoint_and_log_have_forgotten_it() -> None:
+    exchange, donor = new_exchange(1), new_exchange(2)
+    Trainer(exchange, 1).train()
+    exchange.publish(1, 0.5)
+    back = Saved(exchange).restore(1, SUM, MemoryLog())
+    back.load_chunks({chunk.index: donor.replica.read_chunk(chunk.index) for chunk in LAYOUT.chunks})
+    assert len(back.replica.applied) == 0
+    assert {packet.seq for packet in opened(back.publish(2, 0.5).packets)} == {2}
+    forgetful = new_exchange(1, log=exchange.log)  # a checkpoint from before the first publication
+    assert {packet.seq for packet in opened(forgetful.publish(2, 0.5).packets)} == {2}
