@@ -112,7 +112,8 @@ def gpt_step(gpt: Gpt, text: torch.Tensor, target: torch.Tensor, options: argpar
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-3, fused=True)
     dtype = DTYPES[options.dtype]
     if options.compile:
-        gpt.compile()
+        for block in gpt.blocks:
+            block.compile()
 
     def step() -> None:
         with torch.autocast(options.device.type, dtype, enabled=dtype != torch.float32):
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--documents", action="store_true", help="attention does not cross document starts (token 0)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both, layer by layer")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for dims in options.dims:
