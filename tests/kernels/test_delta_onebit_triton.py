@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 CARDS = (80, 86, 89, 90, 120)
 
 
+def interpreter_is_broken() -> bool:
+    installed = [tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")]
+    return installed[0] < (3, 7) and installed[1] >= (2, 4)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_same_bits_as_the_reference(device: str) -> None:
     """In its own process: Triton reads the variable that chooses its interpreter when a kernel is defined."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if device == "cpu" and interpreter_is_broken():
+        pytest.skip("the interpreter of triton before 3.7 fails with numpy 2.4 and later; update triton")
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("kernels", "."))
     environment = {**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0", "PYTHONPATH": paths}
     script = ROOT / "tests" / "kernels" / "interpreted_delta_onebit.py"
