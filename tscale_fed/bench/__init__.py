@@ -1,0 +1,16 @@
+"""Benches: figures that anybody can measure again with one command, `tscale bench NAME` or `python -m tscale_fed.bench NAME`.
+
+A bench is one module of this package with `add_parser(subparsers)` and `run(arguments) -> int` (0 = goals met, 1 = not), light to import.
+It prints a table for people and writes one JSON file with the figures, the machine, the versions and the command.
+
+    machine.py            what the figures were measured on; the result file
+    learning.py           does the swarm learn? Command line, worker processes, verdict
+    learning_rows.py      the ways to train that are compared: one peer, synchronous, swarm rules
+    learning_table.py     best rate per row, share of the gap closed, the printed table
+    in_process_swarm.py   peers with everything but sockets, exchanging packets with a fixed lag
+"""
+
+BENCHES = {
+    "learning": "held-out loss of a swarm beside one peer and synchronous training",
+}
+"""Name -> one line of help; the module of the same name is imported only when it is asked for."""
