@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import io
 from collections.abc import Callable
 from typing import BinaryIO
 
@@ -33,15 +34,16 @@ class Assembly:
         """All chunk hashes once they fit the root."""
         self.changed = asyncio.Event()
         """Set whenever waiting sources should look again."""
-        self._sink = sink
-        self._parts: list[bytes] = []
+        # BytesIO hands out its buffer without a copy, so a large blob does not stall the loop at its end.
+        self._memory = io.BytesIO()
+        self._sink = sink if sink is not None else self._memory
         self._progress = progress
         self._hasher = blake3()
         self._written = 0
         self._next_fresh = 0
         self._returned: list[int] = []
         self._asked_s: dict[int, float] = {}
-        self._early: dict[int, bytes] = {}
+        self._early: dict[int, bytes | memoryview] = {}
 
     def set_hashes(self, hashes: bytes) -> None:
         """Accept the list of chunk hashes. Raises Refused("corrupt-chunk") if the root does not commit to it."""
@@ -82,7 +84,7 @@ class Assembly:
     def _missing(self, index: int) -> bool:
         return index >= self._written and index not in self._early
 
-    def put(self, index: int, data: bytes) -> bool:
+    def put(self, index: int, data: bytes | memoryview) -> bool:
         """Accept a chunk; False if it was here already. Raises Refused("corrupt-chunk"), and OSError if the file cannot be written."""
         assert self.hashes is not None
         if len(data) != chunk_length(self.size, index):
@@ -98,12 +100,9 @@ class Assembly:
         self.changed.set()
         return True
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         self._hasher.update(data)
-        if self._sink is None:
-            self._parts.append(data)
-        else:
-            self._sink.write(data)
+        self._sink.write(data)
         self._written += 1
         if self._progress is not None:
             self._progress(min(self._written * limits.CHUNK_BYTES, self.size), self.size)
@@ -114,4 +113,4 @@ class Assembly:
 
     def content(self) -> bytes:
         """What was received; empty if it went to a file."""
-        return b"".join(self._parts)
+        return self._memory.getvalue()

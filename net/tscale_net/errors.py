@@ -49,7 +49,6 @@ REASONS: dict[str, str] = {
     "bad-sequence": "Messages of one connection did not arrive in order; something was lost or injected.",
     "bad-message": "A message body is not well-formed.",
     "too-fast": "A peer sends control messages faster than the limit; the excess is dropped.",
-    "overflow": "A peer sends faster than this program consumes; the excess is dropped.",
     "undelivered": "A connection holds too many bytes of one unfinished message and is cut.",
     "too-many": "Too many connections at once.",
     # transfers

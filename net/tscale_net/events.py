@@ -1,7 +1,7 @@
-"""The queue between the links and the one who reads `next_event`: bounded per peer, and never loses an event to cancellation.
+"""The queue between the links and the one who reads `next_event`: bounded, and never loses an event to cancellation.
 
-Enters: events of the links. Leaves: the same, in order. Rule: what a peer sends beyond its share while nobody reads is dropped and counted;
-beyond the total, `crowded` tells the readers of the sockets to pause, so that TCP slows the senders. LinkUp and LinkDown are never dropped.
+Enters: events of the links. Leaves: the same, in order. Rule: nothing is dropped. When too much is unread, `crowded` tells the readers of
+the sockets to pause, so that TCP slows the senders down. Refusals, which strangers cause, are only counted when many are unread.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ class EventQueue:
         self._arrived = asyncio.Event()
         self._roomy = asyncio.Event()
         self._roomy.set()
-        self._frames: Counter[PeerId] = Counter()
-        self._bytes: Counter[PeerId] = Counter()
-        self._total_bytes = 0
+        self._frames = 0
+        self._bytes = 0
         self._refusals = 0
         self._failure: BaseException | None = None
         self._closed = False
@@ -41,9 +40,12 @@ class EventQueue:
         await self._roomy.wait()
 
     def put(self, event: Event) -> None:
-        """Queue an event; frames beyond the share of their peer become a refusal."""
-        if isinstance(event, Frame) and not self._admit(event):
-            return
+        """Queue an event."""
+        if isinstance(event, Frame):
+            self._frames += 1
+            self._bytes += len(event.body)
+            if self._frames > limits.UNREAD_FRAMES or self._bytes > limits.UNREAD_BYTES:
+                self._roomy.clear()
         self._events.append(event)
         self._arrived.set()
 
@@ -53,18 +55,6 @@ class EventQueue:
         if self._refusals < limits.REFUSALS_QUEUED:
             self._refusals += 1
             self.put(WireRefusal(peer, code, detail))
-
-    def _admit(self, frame: Frame) -> bool:
-        peer, size = frame.peer, len(frame.body)
-        if self._frames[peer] >= limits.EVENTS_PER_PEER or self._bytes[peer] + size > limits.EVENT_BYTES_PER_PEER:
-            self.refuse(peer, "overflow", f"{peer} sends faster than this program reads; a message of {size} bytes was dropped.")
-            return False
-        self._frames[peer] += 1
-        self._bytes[peer] += size
-        self._total_bytes += size
-        if self._total_bytes > limits.EVENT_BYTES_TOTAL:
-            self._roomy.clear()
-        return True
 
     async def get(self) -> Event:
         """The next event. Raises Refused("closed") after the last one; a failure of a background task is raised here."""
@@ -77,19 +67,13 @@ class EventQueue:
             await self._arrived.wait()
         event = self._events.popleft()
         if isinstance(event, Frame):
-            self._release(event)
+            self._frames -= 1
+            self._bytes -= len(event.body)
+            if self._frames <= limits.UNREAD_FRAMES // 2 and self._bytes <= limits.UNREAD_BYTES // 2:
+                self._roomy.set()
         elif isinstance(event, WireRefusal):
             self._refusals -= 1
         return event
-
-    def _release(self, frame: Frame) -> None:
-        self._frames[frame.peer] -= 1
-        self._bytes[frame.peer] -= len(frame.body)
-        self._total_bytes -= len(frame.body)
-        if not self._frames[frame.peer]:
-            del self._frames[frame.peer], self._bytes[frame.peer]
-        if self._total_bytes <= limits.EVENT_BYTES_TOTAL // 2:
-            self._roomy.set()
 
     def fail(self, error: BaseException) -> None:
         """Hand an unexpected error of a background task to whoever reads events."""

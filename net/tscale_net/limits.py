@@ -92,11 +92,9 @@ CONTROL_QUEUE_MESSAGES = 512
 CONTROL_QUEUE_BYTES = 4 * MIB
 BULK_QUEUE_BYTES = 8 * MIB
 """About two thirds of a second at 100 Mbit/s; more only makes old data older."""
-EVENT_BYTES_PER_PEER = 16 * MIB
-EVENTS_PER_PEER = 4096
-"""Unread frames of one peer; the excess is dropped and counted."""
-EVENT_BYTES_TOTAL = 64 * MIB
-"""Unread frames in all; beyond it nothing more is read, so TCP slows the senders down."""
+UNREAD_BYTES = 32 * MIB
+UNREAD_FRAMES = 16_384
+"""Frames that nobody has read yet; beyond either bound no socket is read, so TCP slows the senders down."""
 REFUSALS_QUEUED = 256
 """Unread refusal events; the counters go on counting beyond it."""
 READS_PER_TURN = 32

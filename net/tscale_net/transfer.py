@@ -120,7 +120,7 @@ def _read_answer(frame: Frame) -> tuple[int, Mail]:
         if len(frame.body) < CHUNK_PREFIX.size or frame.channel is not Channel.BULK:
             raise Refused("bad-message", "A chunk is shorter than its prefix or came on the wrong channel.")
         transfer, index = CHUNK_PREFIX.unpack_from(frame.body)
-        return transfer, ChunkCame(index, frame.body[CHUNK_PREFIX.size :])
+        return transfer, ChunkCame(index, memoryview(frame.body)[CHUNK_PREFIX.size :])
     if frame.kind == Kind.BLOB_OPENED:
         opened = decode(BlobOpened, frame.body)
         return opened.transfer, opened

@@ -43,7 +43,7 @@ class LinkLost:
 class ChunkCame:
     """One chunk as it arrived, unchecked."""
 
-    def __init__(self, index: int, data: bytes) -> None:
+    def __init__(self, index: int, data: memoryview) -> None:
         self.index = index
         self.data = data
 
@@ -261,7 +261,7 @@ class Fetch:
         while True:
             try:
                 async with asyncio.timeout(limits.LINK_CHECK_S):
-                    mail = await box.mail.get()
+                    mail = box.mail.get_nowait() if not box.mail.empty() else await box.mail.get()
             except TimeoutError:
                 if not self._linked(box.peer):
                     raise _Lost("its link went down.") from None

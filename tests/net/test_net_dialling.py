@@ -191,3 +191,17 @@ def test_old_libzmq_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmq, "zmq_version_info", lambda: (4, 3, 4))
     with pytest.raises(Refused, match="pip install"):
         sockets.new_context()
+
+
+async def test_ipv6_loopback(arena: ZmqArena) -> None:
+    one, two = arena.make(1, listen=None), arena.make(2, listen="[::1]:0")
+    try:
+        address = (await two.start())[0]
+    except Refused as refused:
+        pytest.skip(f"no IPv6 here: {refused}")
+    await one.start()
+    assert address.startswith("/ip6/::1/tcp/")
+    assert await one.dial(address) == two.peer_id
+    assert (await expect(two, LinkUp)).address.startswith("[::1]:")
+    again = arena.make(3, listen=None)
+    assert await again.dial(bare(address)) == two.peer_id

@@ -19,6 +19,7 @@ from tscale_net import frames, guard, limits
 from tscale_net.address import Address, parse
 from tscale_net.conformance import expect, refusal_of
 from tscale_net.handshake import HelloMaker
+from tscale_net.hello import HelloDoor
 from tscale_net.identity import Identity
 from tscale_net.messages import Attach, Hello, HelloBody, Kind, decode, encode
 from tscale_net.ports import Channel, Frame, LinkDown, LinkUp, SystemClock, WireRefusal
@@ -349,3 +350,45 @@ async def test_door_visitors(victim: tuple[ZmqTransport, Address]) -> None:
     assert await visit(b"\x05\x00abcde") == b""
     assert await visit(b"GET / HTTP/1.1\r\n\r\n") == b""
     assert set(transport.refused) == {"truncated", "too-large", "bad-message"}
+
+
+async def test_list_of_admitted_peers(arena: ZmqArena) -> None:
+    listening = arena.make(1, allowed=frozenset({identity(2).peer_id}))
+    address = (await listening.start())[0]
+    for number, admitted in ((2, True), (3, False)):
+        peer = arena.make(number, listen=None)
+        await peer.start()
+        if admitted:
+            assert await peer.dial(address) == listening.peer_id
+        else:
+            assert (await refusal_of(peer.dial(address))).code == "not-admitted"
+
+
+def test_door_answers_one_address_only_so_often() -> None:
+    clock = SystemClock()
+    visitors = HelloDoor(VICTIM, clock, "", 7700, bytes, lambda code, detail: None)
+    answered = [visitors._may_ask("203.0.113.1") for _ in range(3 * int(limits.DOOR_REQUESTS_PER_S))]
+    assert not all(answered) and all(answered[: int(limits.DOOR_REQUESTS_PER_S)])
+    assert visitors._may_ask("203.0.113.2"), "others are not affected"
+
+
+@pytest.mark.parametrize("sender_dials", [True, False])
+async def test_slow_reader_slows_the_sender_and_loses_nothing(arena: ZmqArena, monkeypatch: pytest.MonkeyPatch, sender_dials: bool) -> None:
+    monkeypatch.setattr(limits, "UNREAD_BYTES", 2 * limits.MIB)
+    (one, _), (two, address) = await arena.peer(1), await arena.peer(2)
+    await one.dial(address)
+    sender, reader = (one, two) if sender_dials else (two, one)
+    await expect(one, LinkUp)
+    await expect(two, LinkUp)
+    sent = refused = 0
+    while refused < 200:  # until every buffer on the way is full and stays full
+        if sender.send(reader.peer_id, KIND, sent.to_bytes(4, "little") + bytes(200_000), Channel.BULK):
+            sent, refused = sent + 1, 0
+        else:
+            refused += 1
+            await asyncio.sleep(0.002)
+    assert isinstance(reader, ZmqTransport)
+    assert reader._events._bytes <= 3 * limits.MIB, "unread bytes are bounded while the sender waits"
+    for number in range(sent):
+        assert (await expect(reader, Frame)).body[:4] == number.to_bytes(4, "little")
+    assert len(reader.links()) == len(sender.links()) == 1
