@@ -1,6 +1,7 @@
 """The replica: exact sums in any order, range, hash, snapshot chunks from several donors."""
 
 import random
+import threading
 
 import lz4.block
 import pytest
@@ -258,3 +259,30 @@ def test_a_stream_too_many_is_refused_and_changes_nothing() -> None:
     with pytest.raises(Refused) as caught:
         replica.apply(next(p for p in ALL if p.stream_key != ALL[0].stream_key))
     assert caught.value.code == "too-many-streams" and replica.state() == before
+
+
+def test_what_another_thread_reads_is_of_one_moment() -> None:
+    """A reader beside the applying thread: each chunk it gets holds exactly the packets that its entries name; states are pairs."""
+    replica = new_replica(terms())
+    index = 0
+    done = threading.Event()
+    chunks: list[bytes] = []
+    states: set[tuple[bytes, bytes]] = set()
+
+    def read() -> None:
+        while not done.is_set():
+            chunks.append(replica.read_chunk(index))
+            states.add(replica.state())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for packet in ALL:
+        replica.apply(packet)
+    done.set()
+    reader.join()
+    assert chunks and len({digest for digest, _ in states}) == len(states)
+    for data in set(chunks):
+        values, entries = snapshot_chunk.decode(data, index, LAYOUT.chunks[index].size, torch.int32, 10)
+        named = {(e.stream_key, seq) for e in entries for first, last in e.seqs for seq in range(first, last + 1)}
+        held = [packet for packet in ALL if packet.chunk == index and (packet.stream_key, packet.seq) in named]
+        assert torch.equal(values.to(torch.int64), LAYOUT.chunks[index].of(independent_sum(held)))
