@@ -10,23 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tscale_net.errors import Refused
-from tscale_peers.joining import learn_run, pumping
-from tscale_peers.manifest import RunManifest
 
 from tscale_fed.assembly import prepare_data
-from tscale_fed.config import Recipe, RunConfig, load_config
+from tscale_fed.config import Recipe, RunConfig
 from tscale_fed.data.manifest import MANIFEST_FILE, DataRecipe
 from tscale_fed.data.token_data import TokenData
 from tscale_fed.ground import Ground
 from tscale_fed.home_run import known_manifest, remember_manifest
-from tscale_fed.new_run import check_same_run, create_run, recipe_of
+from tscale_fed.new_run import check_same_data, check_same_settings, create_run, recipe_of
 from tscale_fed.run_data import fetch_data, local_data, own_text
+from tscale_net.errors import Refused
+from tscale_peers.joining import learn_run, pumping
+from tscale_peers.manifest import RunManifest
 
 FOLDER_HEX = 16
 """Hex digits of the data's hash that name its folder."""
 RUN_HEX = 12
 """Hex digits of the run id that people see."""
+NOT_NOW = frozenset({"unreachable", "no-answer", "needs-id", "too-many", "duplicate-dial"})
+"""Refusals of a dial that may pass: the peer is away or busy. All others say that the address is not what its user thinks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +45,23 @@ class FoundRun:
     """Local matters (evaluation, checkpoints, device): from the run file, or defaults."""
 
 
-async def find_run(ground: Ground) -> FoundRun:
-    """The run, which the transport states from now on.
+async def find_run(ground: Ground, config: RunConfig | None) -> FoundRun:
+    """The run, which the transport states from now on. `config`: the run file, if one was given.
 
     Raises Refused with what to do if there is nothing to run, or if home, run file and swarm do not fit together.
     """
-    found = await _find(ground)
+    found = await _find(ground, config)
     ground.outside.transport.run = found.manifest.run_id
     return found
 
 
-async def _find(ground: Ground) -> FoundRun:
+async def _find(ground: Ground, config: RunConfig | None) -> FoundRun:
     arguments = ground.arguments
     known = known_manifest(ground.home)
-    config = load_config(arguments.config) if arguments.config else None
+    if known is None and config is not None and arguments.bootstrap:
+        raise Refused("two-runs", "this home holds no run yet: --config would start a new one, --bootstrap would join another; leave one of them out")
+    if known is not None:
+        await _greet(ground, known)
     if config is not None:
         return await _from_config(ground, config, known)
     if known is None:
@@ -69,8 +74,24 @@ async def _find(ground: Ground) -> FoundRun:
     return await _with_data(ground, known)
 
 
+async def _greet(ground: Ground, known: RunManifest) -> None:
+    """Dial the given addresses for a home that has its run already. Who does not answer is tried again while training goes on; an address
+    that belongs to another run or another peer than its user thinks ends the start. Raises Refused naming it."""
+    transport = ground.outside.transport
+    for address in ground.arguments.bootstrap:
+        try:
+            await transport.dial(address)
+        except Refused as refusal:
+            if refusal.code not in NOT_NOW:
+                hint = f" This home ({ground.home.path}) holds run {known.name}: name another --home to join." if refusal.code == "wrong-run" else ""
+                raise Refused(refusal.code, f"{address}: {refusal.detail}{hint}") from None
+            ground.console.warn(f"{address}: {refusal.detail} It is tried again later.")
+
+
 async def _from_config(ground: Ground, config: RunConfig, known: RunManifest | None) -> FoundRun:
     data_root = ground.arguments.data_dir or ground.home.data
+    if known is not None:
+        check_same_settings(known, config)
 
     def progress(done: int, total: int, _rate: float) -> None:
         ground.console.progress("text", done, total)
@@ -79,7 +100,7 @@ async def _from_config(ground: Ground, config: RunConfig, known: RunManifest | N
     start = None
     if known is not None:
         manifest = known
-        check_same_run(manifest, config, data)
+        check_same_data(manifest, config, data)
     else:
         manifest, start = await asyncio.to_thread(create_run, config, data, ground.identity.public_key, ground.clock.wall())
         remember_manifest(ground.home, manifest)
@@ -97,6 +118,7 @@ async def _learn(ground: Ground) -> RunManifest:
 
 async def _with_data(ground: Ground, manifest: RunManifest) -> FoundRun:
     recipe, data_recipe = recipe_of(manifest)
+    _check_data_dir(ground.arguments.data_dir)
     data = local_data(data_recipe, _folders(ground, data_recipe))
     if data is None:
         data = await _obtained(ground, data_recipe)
@@ -121,8 +143,17 @@ async def _obtained(ground: Ground, recipe: DataRecipe) -> TokenData:
         return await fetch_data(recipe, folder, outside.transfers, ground.linked, progress)
 
 
+def _check_data_dir(given: Path | None) -> None:
+    """A joiner's --data-dir holds its own text, or a place for what is fetched. Raises Refused("data-dir") for a path that is not there."""
+    if given is not None and not given.is_dir():
+        raise Refused("data-dir", f"--data-dir {given}: no such folder; `tscale data import` makes one, and without --data-dir the run's text is fetched")
+
+
 def _fetch_folder(ground: Ground, recipe: DataRecipe) -> Path:
-    return ground.home.data / recipe.data.hash[:FOLDER_HEX]
+    """Below --data-dir, unless that is a data folder itself."""
+    given: Path | None = ground.arguments.data_dir
+    root = ground.home.data if given is None or (given / MANIFEST_FILE).is_file() else given
+    return root / recipe.data.hash[:FOLDER_HEX]
 
 
 def _folders(ground: Ground, recipe: DataRecipe) -> list[Path]:

@@ -51,6 +51,8 @@ DEMO_SECONDS = 120
 # A running peer.
 CATCH_UP_S = 20.0
 """A returning peer waits at most this long for what it missed before it trains on; the rest comes while it trains."""
+ALONE_S = 8.0
+"""A returning peer that nobody is linked to by then trains on: others dial a seed again after a few seconds, if there are any."""
 DONOR_STATE_S = 30.0
 """Optimizer statistics are kilobytes: who does not send them by then is not asked longer."""
 STATUS_INTERVAL_S = 0.5

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import msgspec
 import torch
-from tscale_net.errors import Refused
-from tscale_peers.assembly import RunTerms
-from tscale_peers.layout import TensorSpec
-from tscale_peers.manifest import RuleSpec, RunLimits, RunManifest
 
 from tscale_fed.assembly import model_shape, start_weights
 from tscale_fed.config import Recipe, RunConfig
 from tscale_fed.data.manifest import DataRecipe
 from tscale_fed.data.token_data import TokenData
 from tscale_fed.model.shape import ModelShape
+from tscale_net.errors import Refused
+from tscale_peers.assembly import RunTerms
+from tscale_peers.layout import TensorSpec
+from tscale_peers.manifest import RuleSpec, RunLimits, RunManifest
 
 UNIT_EXPONENT = -22
 """The grid of every matrix: 2.4e-7. A step of the swarm moves a weight by about rate * share = 1e-3 = 5000 units, so rounding a row's step
@@ -57,6 +57,22 @@ def create_run(config: RunConfig, data: TokenData, admin_key: bytes, created_uni
     return msgspec.structs.replace(manifest, start_hash=replica.hash()), replica.weights()
 
 
+def start_of(manifest: RunManifest, recipe: Recipe, vocab: int) -> torch.Tensor:
+    """The start weights of a run that exists already, made anew: they follow from its recipe.
+
+    Raises Refused("start-weights") if this machine makes others than the run's creator did.
+    """
+    replica = RunTerms.of(manifest).new_replica()
+    replica.set_start(start_weights(recipe, model_shape(recipe, vocab)))
+    if replica.hash() != manifest.start_hash:
+        raise Refused(
+            "start-weights",
+            "this machine makes other start weights than the creator of the run did (another version of PyTorch?): "
+            "name a peer that has the model with --bootstrap",
+        )
+    return replica.weights()
+
+
 def recipe_of(manifest: RunManifest) -> tuple[Recipe, DataRecipe]:
     """Read the trainer section of a manifest that may come from a stranger.
 
@@ -71,12 +87,36 @@ def recipe_of(manifest: RunManifest) -> tuple[Recipe, DataRecipe]:
     return recipe, data
 
 
-def check_same_run(manifest: RunManifest, config: RunConfig, data: TokenData) -> None:
-    """A run file given for a home that already holds a run must describe that run. Raises Refused("other-run") naming what differs."""
-    wanted, _ = create_run(config, data, b"\x00" * 32, manifest.created_unix)
-    for field in ("name", "trainer", "tensors", "codec", "chunk_params", "publish_every_steps", "budget_batches", "rule", "limits"):
-        if getattr(wanted, field) != getattr(manifest, field):
-            raise Refused(
-                "other-run",
-                f"the run file differs from the run that this home holds ({field}): use another --home for a new run, or leave --config out",
-            )
+def check_same_settings(manifest: RunManifest, config: RunConfig) -> None:
+    """A run file given for a home that already holds a run must describe that run, as far as that can be said before its text is read.
+
+    Raises Refused("other-run") naming the section that differs.
+    """
+    trainer = {key: value for key, value in manifest.trainer.items() if key != DATA_KEY}
+    wanted = config.recipe().to_manifest()
+    swarm = config.swarm
+    pairs = [
+        ("[run] name", manifest.name, config.run.name),
+        *((f"[{key}]" if key != "seed" else "[run] seed", trainer.get(key), wanted[key]) for key in wanted),
+        *((f"[swarm] {key}", getattr(manifest, key), getattr(swarm, key)) for key in _SWARM_KEYS),
+        ("[swarm]", manifest.rule, RuleSpec(swarm.share_scale, swarm.own_leak, swarm.momentum_keep)),
+        ("[swarm]", manifest.limits, RunLimits(displacement_max_age_batches=swarm.displacement_max_age_batches)),
+    ]
+    for place, known, stated in pairs:
+        if known != stated:
+            raise _other_run(place)
+
+
+def check_same_data(manifest: RunManifest, config: RunConfig, data: TokenData) -> None:
+    """The same for the text itself. Raises Refused("other-run")."""
+    if manifest.trainer.get(DATA_KEY) != DataRecipe(data.manifest, config.data.served).to_plain():
+        raise _other_run("[data]")
+
+
+_SWARM_KEYS = ("codec", "chunk_params", "publish_every_steps", "budget_batches")
+
+
+def _other_run(place: str) -> Refused:
+    return Refused(
+        "other-run", f"the run file differs from the run that this home holds ({place}): use another --home for a new run, or leave --config out"
+    )

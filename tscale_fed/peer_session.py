@@ -1,7 +1,6 @@
 """One running peer, once its run and text are known: swarm, training, evaluation, checkpoints, goodbye.
 
-Enters: ground and run. Leaves: a trained, published, checkpointed share of the run. Order of things:
-    build      model, replica, log; restore the newest checkpoint, or the start weights, or be empty
+Enters: ground, run, and the parts built for them (session_parts.py). Leaves: a trained, published, checkpointed share of the run:
     enter      links; a newcomer fetches the snapshot and a donor's optimizer statistics, a returning peer catches up
     train      the training thread meets the swarm between its steps; evaluation and checkpoints run between steps too
     leave      publish the rest, hand it over, save
@@ -12,90 +11,28 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from tscale_net.errors import Refused
-from tscale_net.transfer import BlobSource
-from tscale_peers import limits as swarm_limits
-from tscale_peers.applied import AppliedSet
-from tscale_peers.assembly import RunTerms, Saved, assemble
-from tscale_peers.basepoint import Replica
-from tscale_peers.delta_log import DeltaLog
-from tscale_peers.donor import TRAINER_STATE, provide_from
-from tscale_peers.joining import fetch_snapshot, reload_when_needed
-from tscale_peers.meeting import Progress
-from tscale_peers.peer import PeerSettings, SwarmPeer
 
-from tscale_fed.assembly import build_evaluator, build_trainer
-from tscale_fed.checkpoint import Checkpoint, CheckpointStore
+from tscale_fed.assembly import build_evaluator
 from tscale_fed.control import Command
 from tscale_fed.data.serving import DataServer
-from tscale_fed.device import Device, choose_device
 from tscale_fed.find_run import FoundRun
 from tscale_fed.ground import Ground
-from tscale_fed.home_run import stream_number
-from tscale_fed.limits import CATCH_UP_S, DONOR_STATE_S, LINGER_S, STATUS_INTERVAL_S
+from tscale_fed.limits import ALONE_S, CATCH_UP_S, DONOR_STATE_S, LINGER_S, STATUS_INTERVAL_S
+from tscale_fed.session_parts import Built, progress_of
 from tscale_fed.status import LossHistory, Phase
 from tscale_fed.trainer import Trainer
 from tscale_fed.training_thread import Priority, TrainingThread, default_threads
-
+from tscale_net.errors import Refused
+from tscale_net.transfer import BlobSource
+from tscale_peers import limits as swarm_limits
+from tscale_peers.donor import TRAINER_STATE, provide_from
+from tscale_peers.joining import fetch_snapshot, reload_when_needed
 
 State = tuple[int, dict[str, Tensor], dict[str, bytes], dict[str, Any]]
 """(own steps, tensors, blobs, facts) of a checkpoint."""
-
-
-@dataclass(slots=True)
-class Built:
-    """The parts of a session."""
-
-    device: Device
-    trainer: Trainer
-    replica: Replica
-    peer: SwarmPeer
-    log: DeltaLog
-    store: CheckpointStore
-    checkpoint: Checkpoint | None
-    empty: bool
-    """The replica waits for a snapshot."""
-
-
-def build(ground: Ground, found: FoundRun) -> Built:
-    """Everything of the run on this machine. Raises Refused with one sentence for what does not fit."""
-    device = choose_device(ground.arguments.device, found.config.device.precision)
-    run = RunTerms.of(found.manifest)
-    replica = run.new_replica()
-    store = CheckpointStore(ground.home.checkpoints, found.config.checkpoint.keep)
-    checkpoint, remarks = store.latest()
-    for remark in remarks:
-        ground.console.warn(remark)
-    if checkpoint is not None:
-        replica.restore(checkpoint.tensors["basepoint"], AppliedSet.decode(checkpoint.blobs["applied"], replica.applied.chunks))
-    elif found.start is not None:
-        replica.set_start(found.start)
-    trainer = build_trainer(
-        found.recipe, found.data, device, replica.weights(),
-        peer_id=ground.identity.peer_id, budget_batches=found.manifest.budget_batches, clock=ground.clock,
-    )  # fmt: skip
-    saved = None
-    if checkpoint is not None:
-        trainer.load_state(checkpoint.tensors, checkpoint.facts)
-        saved = Saved(checkpoint.tensors["displacement"], checkpoint.blobs["paid"])
-    log = DeltaLog(ground.home.delta_log)
-    empty = checkpoint is None and found.start is None
-    settings = PeerSettings(ground.name, ground.arguments.role, tuple(ground.arguments.bootstrap), ground.addresses)
-    peer = assemble(
-        run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
-        stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,
-    )  # fmt: skip
-    peer.meeting.resume_at(progress_of(trainer, trained=False))
-    return Built(device, trainer, replica, peer, log, store, checkpoint, empty)
-
-
-def progress_of(trainer: Trainer, trained: bool) -> Progress:
-    """A step is a batch: the counts of this home's author stream."""
-    return Progress(trainer.steps, trainer.steps, trainer.tokens, trainer.loss_average, trained)
 
 
 class PeerSession:
@@ -176,7 +113,7 @@ class PeerSession:
     async def _enter(self) -> None:
         if self.built.empty:
             await self._join()
-        elif self.built.checkpoint is not None:
+        elif self.found.start is None:
             await self._return()
         else:
             self.ground.console.say(f"new run {self.found.manifest.name}: {self.built.replica.layout.size / 1e6:.2f} million weights")
@@ -213,26 +150,38 @@ class PeerSession:
     async def _return(self) -> None:
         """Catch up, then decide whether the private work of last time is still of use."""
         peer, checkpoint = self.built.peer, self.built.checkpoint
-        assert checkpoint is not None
-        recovered = peer.meeting.exchange.recovered
-        self.ground.console.say(
-            f"checkpoint of step {self.built.trainer.steps} restored" + (f", {recovered} own packets recovered from the log" if recovered else "")
-        )
-        if self.ground.arguments.solo:
-            return
-        await self._catch_up()
+        restored = f"checkpoint of step {self.built.trainer.steps} restored" if checkpoint is not None else "no checkpoint yet: start weights and log restored"
+        self.ground.console.say(restored)
+        others = peer.gossip.known.streams.keys() - {peer.meeting.exchange.stream_key}
+        if not self.ground.arguments.solo and (self.ground.arguments.bootstrap or others):
+            await self._catch_up()
         self.built.trainer.tell_swarm_batches(peer.swarm_batches())
-        age = peer.swarm_batches() - int(checkpoint.facts["swarm_batches"])
-        limit = self.found.manifest.limits.displacement_max_age_batches
-        if age > limit:
-            peer.meeting.drop_displacement()
-            self.ground.console.warn(f"unpublished work of last time is dropped: the swarm has done {age} batches since, more than {limit}")
+        if checkpoint is not None:
+            self._judge_displacement(peer.swarm_batches() - int(checkpoint.facts["swarm_batches"]))
+
+    def _judge_displacement(self, age_batches: int) -> None:
+        """Private work that is too old would lead the model back to where it was."""
+        meeting, limit = self.built.peer.meeting, self.found.manifest.limits.displacement_max_age_batches
+        norm = meeting.displacement_norm()
+        if norm == 0:
+            return
+        if age_batches > limit:
+            meeting.drop_displacement()
+            self.ground.console.warn(f"unpublished work of last time is dropped: the swarm has done {age_batches} batches since, more than {limit}")
+        else:
+            self.ground.console.say(f"unpublished work of last time is kept (norm {norm:.3g}): the swarm has done {age_batches} batches since")
 
     async def _catch_up(self) -> None:
         """Until what neighbours know is here and applied, or for a while if nobody answers."""
         peer, clock = self.built.peer, self.ground.clock
-        until = clock.now() + CATCH_UP_S
-        while clock.now() < until and not (peer.linked and peer.gossip.compared and not peer.gossip.backlog()):
+        begun = clock.now()
+
+        def waits() -> bool:
+            if peer.linked and peer.gossip.compared and not peer.gossip.backlog():
+                return False
+            return clock.now() - begun < (CATCH_UP_S if peer.linked else ALONE_S)
+
+        while waits():
             await clock.sleep(swarm_limits.tick_s)
         await peer.off_loop(peer.meeting.settle)
 

@@ -10,13 +10,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tscale_net.errors import Refused
-from tscale_net.ports import PeerId
-from tscale_net.transfer import Transfers
-
 from tscale_fed.data.assemble import assemble, missing_files
 from tscale_fed.data.manifest import MANIFEST_FILE, UNIGRAMS_FILE, DataFile, DataRecipe, read_manifest
 from tscale_fed.data.token_data import TokenData
+from tscale_net.errors import Refused
+from tscale_net.ports import PeerId
+from tscale_net.transfer import Transfers
 
 Progress = Callable[[int, int], None]
 """(bytes here, bytes in all)."""
@@ -96,4 +95,3 @@ async def _fetch_all(
             )
         unfinished.rename(parts / file.name)
         done += file.size
-        progress(done, total)

@@ -166,6 +166,23 @@ class Exchange:
         self._stale = [False] * len(self._chunks)
         self._write_all()
 
+    def keep_unpublished(self, saved: torch.Tensor | None) -> None:
+        """After a crash that cost local training: d keeps of the checkpoint's displacement `saved` (None: there was none) what was not
+        published since, value by value between 0 and `saved`; W = B + d.
+
+        Packets that were published after the checkpoint also carry training that the restored weights lack. Paying these from d in full
+        would make d owe that training, and the next publications would take it back from the swarm.
+        """
+        for chunk in self._chunks:
+            d = chunk.of(self._d)
+            if saved is None:
+                d.zero_()
+            else:
+                before = chunk.of(saved)
+                d.clamp_(before.clamp(max=0), before.clamp(min=0))
+        self._stale = [False] * len(self._chunks)
+        self._write_all()
+
     def checkpointed(self) -> None:
         """A checkpoint with the present d and `paid` is durable (or was just restored): the log must keep own packets from here on."""
         stream = self.paid.streams.get(self.stream_key)

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from tscale_net.ports import Clock
+from torch import Tensor
 
+from tscale_net.ports import Clock
 from tscale_peers import limits
 from tscale_peers.basepoint import Replica
 from tscale_peers.exchange import Exchange, Receipt
@@ -44,6 +45,8 @@ class Met:
     momentum_keep: float
     state: tuple[bytes, bytes] | None
     """(applied digest, basepoint hash) after it, unless hashing would have been too dear."""
+    lost: int = 0
+    """Packets that were offered but are neither in memory nor in the log any more."""
 
 
 class MeetingPoint:
@@ -63,16 +66,22 @@ class MeetingPoint:
         self._every = publish_every_steps
         self._clock = clock
         self._decode = decode
-        self._inbox: deque[Key] = deque()
+        self._inbox: deque[tuple[Key, bytes | None]] = deque()
+        self._inbox_bytes = 0
+        self._inbox_lock = threading.Lock()
         self._lock = threading.RLock()
         self._published_at_step = 0
         self.last_progress = Progress(0, 0, 0, float("nan"), False)
         self._hash_cost_s = 0.0
         self._hash_after = 0.0
 
-    def offer(self, keys: Iterable[Key]) -> None:
-        """Packets that are checked and in the log, to be applied at the next meeting. Any thread."""
-        self._inbox.extend(keys)
+    def offer(self, key: Key, body: bytes | None = None) -> None:
+        """A packet that is checked and in the log, to be applied at the next meeting. Any thread. Beyond `inbox_bytes` only its key is kept, and
+        it is read back from the log."""
+        keep = body is not None and self._inbox_bytes + len(body) <= limits.inbox_bytes
+        with self._inbox_lock:
+            self._inbox.append((key, body if keep else None))
+            self._inbox_bytes += len(body) if keep and body is not None else 0
 
     @property
     def steps_since_publish(self) -> int:
@@ -93,10 +102,10 @@ class MeetingPoint:
             if progress.trained:
                 self.exchange.mark_trained()
             self.last_progress = progress
-            receipts = self._receive()
+            receipts, lost = self._receive()
             due = self.may_publish and progress.steps - self._published_at_step >= self._every
             published, keep = self._publish(progress, self.share) if due else ((), 1.0)
-            met = Met(progress, receipts, published, keep, self._state(forced=False))
+            met = Met(progress, receipts, published, keep, self._state(forced=False), lost)
         self.post(met)
         return met
 
@@ -108,19 +117,19 @@ class MeetingPoint:
     def publish_now(self, share: float) -> Met:
         """One publication regardless of cadence, when leaving."""
         with self._lock:
-            receipts = self._receive()
+            receipts, lost = self._receive()
             published, keep = self._publish(self.last_progress, share)
-            met = Met(self.last_progress, receipts, published, keep, self._state(forced=True))
+            met = Met(self.last_progress, receipts, published, keep, self._state(forced=True), lost)
         self.post(met)
         return met
 
     def settle(self) -> tuple[bytes, bytes]:
         """Apply everything waiting and hash: the state as of now."""
         with self._lock:
-            receipts = self._receive()
+            receipts, lost = self._receive()
             state = self._state(forced=True)
             assert state is not None
-            met = Met(self.last_progress, receipts, (), 1.0, state)
+            met = Met(self.last_progress, receipts, (), 1.0, state, lost)
         self.post(met)
         return state
 
@@ -135,6 +144,11 @@ class MeetingPoint:
         with self._lock:
             self.exchange.drop_displacement()
 
+    def keep_unpublished(self, saved: Tensor | None) -> None:
+        """See Exchange.keep_unpublished."""
+        with self._lock:
+            self.exchange.keep_unpublished(saved)
+
     def checkpointed(self) -> None:
         """A checkpoint of the present state is durable: the log may let go of what it contains."""
         with self._lock:
@@ -148,13 +162,15 @@ class MeetingPoint:
         """Hold this while reading weights and replica together, as a checkpoint does."""
         return self._lock
 
-    def _receive(self) -> tuple[Receipt, ...]:
-        packets = []
-        for _ in range(len(self._inbox)):
-            body = self._store.get(self._inbox.popleft())
-            if body is not None:
-                packets.append(self._decode(body))
-        return tuple(self.exchange.receive(packets))
+    def _receive(self) -> tuple[tuple[Receipt, ...], int]:
+        """Receipts of everything that waited, and how many packets were lost meanwhile."""
+        with self._inbox_lock:
+            waiting = list(self._inbox)
+            self._inbox.clear()
+            self._inbox_bytes = 0
+        bodies = [body if body is not None else self._store.get(key) for key, body in waiting]
+        packets = [self._decode(body) for body in bodies if body is not None]
+        return tuple(self.exchange.receive(packets)), len(bodies) - len(packets)
 
     def _publish(self, progress: Progress, share: float) -> tuple[tuple[tuple[Key, bytes], ...], float]:
         bodies, keep = self.exchange.publish(progress.batches, share)

@@ -14,6 +14,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from tscale_fed.config import RunConfig
     from tscale_fed.console import Console
     from tscale_fed.ground import Ground
     from tscale_fed.home import Home
@@ -25,36 +26,40 @@ EXIT_STOPPED_TWICE = 130
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises Refused with one sentence for everything that users can mend."""
-    from tscale_net.ports import SystemClock
-
+    from tscale_fed.config import load_config
     from tscale_fed.console import standard_console
     from tscale_fed.event_loop import run_on_fast_loop
     from tscale_fed.home import Home, HomeLock
+    from tscale_net.ports import SystemClock
 
+    config = load_config(arguments.config) if arguments.config is not None else None
     console = standard_console(SystemClock(), json_log=arguments.json_log)
     try:
         with HomeLock(Home(arguments.home)) as home, ThreadPoolExecutor(1, "checks") as executor:
-            return run_on_fast_loop(_run(arguments, home, console, executor))
+            return run_on_fast_loop(_run(arguments, config, home, console, executor))
     finally:
         console.close()
 
 
-async def _run(arguments: argparse.Namespace, home: Home, console: Console, executor: Executor) -> int:
+async def _run(arguments: argparse.Namespace, config: RunConfig | None, home: Home, console: Console, executor: Executor) -> int:
     from tscale_fed.control import ControlServer
+    from tscale_fed.device import choose_device
     from tscale_fed.find_run import find_run
     from tscale_fed.ground import open_ground, reach_sentence
-    from tscale_fed.peer_session import PeerSession, build
+    from tscale_fed.peer_session import PeerSession
     from tscale_fed.peer_status import status_of
+    from tscale_fed.session_parts import build
 
     stop = asyncio.Event()
     _on_signals(stop, console)
+    device = choose_device(arguments.device, config.device.precision if config is not None else "auto")  # before anything is written or fetched
     ground = await open_ground(arguments, home, console, executor)
     try:
         console.say(f"reach: {reach_sentence(ground.addresses, arguments.solo)}")
-        found = await _unless(stop, find_run(ground))
+        found = await _unless(stop, find_run(ground, config))
         if found is None:
             return 0
-        built = await asyncio.to_thread(build, ground, found)
+        built = await asyncio.to_thread(build, ground, found, device)
         session = PeerSession(ground, found, built, stop)
         control = ControlServer(home.path, lambda: status_of(session), session.commands())
         await control.start()

@@ -1,0 +1,111 @@
+"""The parts of a running peer, made anew or restored from its home.
+
+Enters: ground, run, device. Leaves: `Built`: trainer, replica, swarm peer, log and checkpoints that fit together. In this order:
+    the newest undamaged checkpoint, or the start weights (a new run; a seed that died before its first checkpoint), or an empty replica
+    own packets that the log has and the checkpoint lacks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tscale_fed.assembly import build_trainer
+from tscale_fed.checkpoint import Checkpoint, CheckpointStore
+from tscale_fed.device import Device
+from tscale_fed.find_run import FoundRun
+from tscale_fed.ground import Ground
+from tscale_fed.home_run import stream_number
+from tscale_fed.new_run import start_of
+from tscale_fed.trainer import Trainer
+from tscale_net.errors import Refused
+from tscale_peers.applied import AppliedSet
+from tscale_peers.assembly import RunTerms, Saved, assemble
+from tscale_peers.basepoint import Replica
+from tscale_peers.delta_log import DeltaLog
+from tscale_peers.meeting import Progress
+from tscale_peers.peer import PeerSettings, SwarmPeer
+
+
+@dataclass(slots=True)
+class Built:
+    """The parts of a session."""
+
+    device: Device
+    trainer: Trainer
+    replica: Replica
+    peer: SwarmPeer
+    log: DeltaLog
+    store: CheckpointStore
+    checkpoint: Checkpoint | None
+    empty: bool
+    """The replica waits for a snapshot."""
+
+
+def build(ground: Ground, found: FoundRun, device: Device) -> Built:
+    """Everything of the run on this machine. Raises Refused with one sentence for what does not fit."""
+    run = RunTerms.of(found.manifest)
+    replica = run.new_replica()
+    store = CheckpointStore(ground.home.checkpoints, found.config.checkpoint.keep)
+    checkpoint, remarks = store.latest()
+    for remark in remarks:
+        ground.console.warn(remark)
+    start = None
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, found)
+        replica.restore(checkpoint.tensors["basepoint"], AppliedSet.decode(checkpoint.blobs["applied"], replica.applied.chunks))
+    else:
+        start = found.start if found.start is not None else _start_again(ground, found)
+        if start is not None:
+            replica.set_start(start)
+    trainer = build_trainer(
+        found.recipe, found.data, device, replica.weights(),
+        peer_id=ground.identity.peer_id, budget_batches=found.manifest.budget_batches, clock=ground.clock,
+    )  # fmt: skip
+    saved = None
+    if checkpoint is not None:
+        trainer.load_state(checkpoint.tensors, checkpoint.facts)
+        saved = Saved(checkpoint.tensors["displacement"].clone(), checkpoint.blobs["paid"])
+    log = DeltaLog(ground.home.delta_log)
+    for remark in log.notices:
+        ground.console.warn(remark)
+    empty = checkpoint is None and start is None
+    settings = PeerSettings(ground.name, ground.arguments.role, tuple(ground.arguments.bootstrap), ground.addresses)
+    peer = assemble(
+        run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
+        stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,
+    )  # fmt: skip
+    _settle_after_crash(ground, peer, trainer, checkpoint)
+    peer.meeting.resume_at(progress_of(trainer, trained=False))
+    return Built(device, trainer, replica, peer, log, store, checkpoint, empty)
+
+
+def _check_checkpoint(checkpoint: Checkpoint, found: FoundRun) -> None:
+    run = checkpoint.facts.get("run")
+    if run != found.manifest.run_id.hex():
+        whose = f"run {str(run)[:8]}" if run else "`tscale train`"
+        raise Refused("other-run", f"{checkpoint.path} is a checkpoint of {whose}, not of run {found.manifest.name}: name another --home DIR")
+
+
+def _start_again(ground: Ground, found: FoundRun) -> Tensor | None:
+    """A seed that died before its first checkpoint begins at the start weights again: its log, and the swarm, have the rest."""
+    if ground.arguments.role != "seed" and not ground.arguments.solo:
+        return None
+    return start_of(found.manifest, found.recipe, found.data.vocab)
+
+
+def _settle_after_crash(ground: Ground, peer: SwarmPeer, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
+    """Own packets that were published after the checkpoint are in the log, and now in the basepoint. The training behind them is not in the
+    restored weights, so the displacement must not owe it."""
+    exchange = peer.meeting.exchange
+    lost = peer.meeting.replica.applied.batches.get(exchange.stream_key, 0) - trainer.steps
+    if exchange.recovered:
+        ground.console.say(f"{exchange.recovered} own packets recovered from the log")
+        if lost > 0:
+            peer.meeting.keep_unpublished(checkpoint.tensors["displacement"] if checkpoint is not None else None)
+
+
+def progress_of(trainer: Trainer, trained: bool) -> Progress:
+    """A step is a batch: the counts of this home's author stream."""
+    return Progress(trainer.steps, trainer.steps, trainer.tokens, trainer.loss_average, trained)
