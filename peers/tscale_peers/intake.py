@@ -51,7 +51,7 @@ class Intake:
         self._log.append(body, key)
         self._gossip.known.add(*key)
         self._gossip.accepted([key], source)
-        self._meeting.offer([key])
+        self._meeting.offer(key, body)
         return True
 
     def reject(self, body: bytes, source: PeerId) -> None:

@@ -8,14 +8,15 @@ another peer's (digest, hash) pair equals ours; until then the peer says so.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from tscale_net.errors import Refused
 from tscale_net.ports import Frame, LinkUp, PeerId
 
-from tscale_peers import limits
+from tscale_peers import limits, snapshot_chunk
+from tscale_peers.applied import ChunkEntry
 from tscale_peers.donor import CHUNK_PREFIX, MANIFEST
 from tscale_peers.gossip import NeedChunks
 from tscale_peers.manifest import MAX_MANIFEST_BYTES, RunManifest
@@ -93,20 +94,27 @@ async def fetch_snapshot(peer: SwarmPeer, manifest: RunManifest, progress: Progr
 
 
 async def fetch_chunks(
-    peer: SwarmPeer, manifest: RunManifest, chunks: Sequence[int], progress: Progress = lambda here, total, received: None
-) -> None:
-    """Fetch these chunks, several at a time and from several donors, and load each as it comes."""
+    peer: SwarmPeer,
+    manifest: RunManifest,
+    chunks: Sequence[int],
+    progress: Progress = lambda here, total, received: None,
+    only_if_ahead: bool = False,
+    donors: Sequence[PeerId] = (),
+) -> int:
+    """Fetch these chunks, several at a time and from several donors (default: all linked peers), and load each as it comes; returns how many
+    were loaded."""
     layout = manifest.layout()
     left = list(reversed(chunks))
-    received = 0
-    here = 0
+    received = here = loaded = 0
 
     async def worker() -> None:
-        nonlocal received, here
+        nonlocal received, here, loaded
         while left:
             index = left.pop()
-            data = await _fetch_one(peer, index, chunk_blob_max_bytes(layout.chunks[index].size, manifest))
-            await peer.off_loop(lambda: peer.meeting.load_chunks({index: data}))
+            data = await _fetch_one(peer, index, donors, chunk_blob_max_bytes(layout.chunks[index].size, manifest))
+            if not only_if_ahead or _is_ahead(peer, index, data):
+                await peer.off_loop(lambda: peer.meeting.load_chunks({index: data}))
+                loaded += 1
             received += len(data)
             here += 1
             progress(here, len(chunks), received)
@@ -118,6 +126,7 @@ async def fetch_chunks(
     except* Refused as group:
         raise group.exceptions[0] from None
     peer.recount_known()
+    return loaded
 
 
 def chunk_blob_max_bytes(size: int, manifest: RunManifest) -> int:
@@ -125,10 +134,10 @@ def chunk_blob_max_bytes(size: int, manifest: RunManifest) -> int:
     return size * 4 + manifest.limits.max_streams * limits.chunk_entry_max_bytes + limits.chunk_header_max_bytes
 
 
-async def _fetch_one(peer: SwarmPeer, index: int, max_bytes: int) -> bytes:
+async def _fetch_one(peer: SwarmPeer, index: int, chosen: Sequence[PeerId], max_bytes: int) -> bytes:
     """One chunk from the donors in a rotated order, so that the load spreads; links may come up meanwhile."""
     for attempt in range(limits.chunk_retries):
-        donors = sorted(peer.linked)
+        donors = sorted(peer.linked.intersection(chosen) if chosen else peer.linked)
         if donors:
             turn = (index + attempt) % len(donors)
             try:
@@ -143,22 +152,38 @@ async def _fetch_one(peer: SwarmPeer, index: int, max_bytes: int) -> bytes:
 
 def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.TaskGroup) -> None:
     """From now on, packets that nobody keeps any more are replaced by fetching their chunks (a peer that was away for long)."""
-    busy: set[int] = set()
+    resting: dict[int, float] = {}
 
-    async def reload(need: NeedChunks) -> None:
-        fresh = [c for c in need.chunks if c not in busy]
-        if not fresh:
-            return
-        busy.update(fresh)
-        peer.board.tell("catch-up", f"{len(fresh)} chunks of the basepoint come as a snapshot: their deltas are no longer kept by anybody")
+    async def reload(chunks: Sequence[int], donors: Sequence[PeerId]) -> None:
         try:
-            await fetch_chunks(peer, manifest, fresh)
+            loaded = await fetch_chunks(peer, manifest, chunks, only_if_ahead=True, donors=donors)
+            if loaded:
+                peer.board.tell("catch-up", f"{loaded} chunks of the basepoint came as a snapshot: their deltas are no longer kept by anybody")
         except Refused as refusal:
             peer.board.refuse(refusal, "the swarm")
-        finally:
-            busy.difference_update(fresh)
 
     def start(need: NeedChunks) -> None:
-        tasks.create_task(reload(need))
+        now = peer.outside.clock.now()
+        fresh = [c for c in need.chunks if resting.get(c, 0.0) <= now]
+        resting.update({c: now + limits.chunk_reload_pause_s for c in fresh})
+        if fresh:
+            tasks.create_task(reload(fresh, need.sources))
 
     peer.reload_chunks = start
+
+
+def _is_ahead(peer: SwarmPeer, index: int, data: bytes) -> bool:
+    """Does the donor's chunk contain more packets than ours? Of two halves that were apart for longer than the logs reach, the one with fewer
+    packets takes over the other's chunks (both doing so would only swap them); what it alone had beyond its log is lost."""
+    replica = peer.meeting.replica
+    size = replica.layout.chunks[index].size
+    _, theirs = snapshot_chunk.decode(data, index, size, replica.basepoint.dtype, replica.applied.max_streams)
+    with replica.lock:
+        ours = replica.applied.chunk_entries(index)
+    return _weight(theirs) > _weight(ours)
+
+
+def _weight(entries: Iterable[ChunkEntry]) -> tuple[int, list[tuple[bytes, list[tuple[int, int]]]]]:
+    """How many packets; the sets themselves decide between equal numbers, so that the two sides never both give way."""
+    listed = sorted((entry.stream_key, [(first, last) for first, last in entry.seqs]) for entry in entries)
+    return sum(last - first + 1 for _, seqs in listed for first, last in seqs), listed

@@ -109,6 +109,8 @@ min_share = 0.01
 
 hash_time_fraction = 0.02
 """Hashing the basepoint may take this part of the time; small models are hashed at each meeting, large ones now and then."""
+inbox_bytes = 64 << 20
+"""Checked packets kept in memory until the next meeting; more than that is read back from the log."""
 idle_meeting_s = 1.0
 """Without a training thread the event loop applies waiting packets this often."""
 uplink_busy_bytes = 4 << 20
@@ -116,6 +118,8 @@ uplink_busy_bytes = 4 << 20
 chunk_fetches = 4
 """Snapshot chunks fetched at a time."""
 chunk_retries = 5
+chunk_reload_pause_s = 30.0
+"""A chunk is not fetched again as a snapshot within this: it may be megabytes, and packets may still turn up."""
 leave_max_publications = 10
 leave_displacement_fraction = 0.02
 """Leaving ends when the displacement is this small beside what it was, or after leave_max_publications."""

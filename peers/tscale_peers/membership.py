@@ -44,33 +44,37 @@ class Membership:
         self.book = book
         self._rng = rng
         self._state: dict[PeerId, State] = {}
-        self._told: dict[PeerId, dict[PeerId, tuple[int, int]]] = {}
+        self._untold: dict[PeerId, dict[PeerId, None]] = {}
 
     # -- records -----------------------------------------------------------------------------------------------------
 
     def learn(self, sealed: bytes, now: float, source: PeerId | None = None) -> PeerRecord | None:
         """Take in one record; None if it is not news. Raises Refused for a false one."""
         record = self.book.learn(sealed, now)
-        if record is not None and source is not None and source in self._told:
-            self._told[source][record.peer] = record.age_key
+        if record is not None:
+            for neighbour, untold in self._untold.items():
+                if neighbour not in (source, record.peer):
+                    untold[record.peer] = None
         return record
 
     def link_up(self, peer: PeerId) -> None:
-        self._told[peer] = {}
+        """A new neighbour is told everything once."""
+        self._untold[peer] = {heard.record.peer: None for heard in self.book.all() if heard.record.peer != peer}
 
     def link_down(self, peer: PeerId) -> None:
-        self._told.pop(peer, None)
+        self._untold.pop(peer, None)
 
     def news_for(self, neighbour: PeerId) -> list[bytes]:
         """Signed records that this neighbour was not told yet (bounded; the rest comes next time)."""
-        told = self._told.get(neighbour)
-        if told is None:
-            return []
-        news = [h for h in self.book.newer_than(told, limits.records_per_message + 1) if h.record.peer != neighbour]
-        news = news[: limits.records_per_message]
-        for heard in news:
-            told[heard.record.peer] = heard.record.age_key
-        return [heard.sealed for heard in news]
+        untold = self._untold.get(neighbour)
+        news: list[bytes] = []
+        while untold and len(news) < limits.records_per_message:
+            peer = next(iter(untold))
+            del untold[peer]
+            heard = self.book.get(peer)
+            if heard is not None:
+                news.append(heard.sealed)
+        return news
 
     # -- states ------------------------------------------------------------------------------------------------------
 

@@ -157,8 +157,8 @@ class SwarmPeer:
 
     def recount_known(self) -> None:
         """After snapshot chunks were loaded: known is what the replica contains and what the log holds; the latter is applied where it lacks."""
-        lacking = self._intake.recount(self.meeting.replica)
-        self.meeting.offer(lacking)
+        for key in self._intake.recount(self.meeting.replica):
+            self.meeting.offer(key)
 
     def share(self) -> float:
         """phi: this peer's part of the live peers' tokens per second."""
@@ -251,6 +251,8 @@ class SwarmPeer:
             if receipt.refusal is not None:
                 self.board.refuse(receipt.refusal, "the log")
             self.applied += receipt.outcome == "applied"
+        if met.lost:
+            self.recount_known()
         if met.published:
             self._spread(met)
         if met.state is not None:

@@ -158,9 +158,3 @@ class RecordBook:
         if len(self._heard) > limits.record_book_peers:
             del self._heard[min(self._heard, key=lambda p: self._heard[p].heard_at)]
         return record
-
-    def newer_than(self, told: dict[PeerId, tuple[int, int]], most: int) -> list[Heard]:
-        """Records that somebody who was told `told` lacks, the freshest first."""
-        news = [h for p, h in self._heard.items() if told.get(p, (-1, -1)) < h.record.age_key]
-        news.sort(key=lambda h: -h.heard_at)
-        return news[:most]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,8 @@ from tscale_net.ports import Clock, PeerId, Rng
 from tscale_net.transfer import Transfers
 
 from tscale_peers.assembly import RunTerms, assemble
-from tscale_peers.delta_log import MemoryLog
+from tscale_peers.basepoint import Replica
+from tscale_peers.delta_log import MemoryLog, PacketLog
 from tscale_peers.donor import provide_from
 from tscale_peers.joining import fetch_snapshot, learn_run, reload_when_needed
 from tscale_peers.layout import TensorSpec
@@ -83,40 +85,53 @@ def small_run(publish_every_steps: int = 5, chunk_params: int = 1 << 11, rule: R
 
 @dataclass
 class SimulatedPeer:
-    """One peer and what belongs to its home directory (log, weights, stream): that survives a restart of the process."""
+    """One peer: who it is, how fast it trains, and what runs of it."""
 
     author: ToyAuthor
     name: str
     step_s: float
     seed: int
+    listens: bool
+    log: PacketLog
     peer: SwarmPeer | None = None
     steps: int = 0
     task: asyncio.Task[None] | None = None
+    killed: bool = False
     notices: list[Notice] = field(default_factory=list)
 
     @property
     def alive(self) -> bool:
-        return self.task is not None and not self.task.done()
+        return self.task is not None and not self.killed and not self.task.done()
 
 
 class SimulatedSwarm:
     """Builds peers on one MemoryNetwork. All of it runs on a VirtualLoop (tscale_net.virtual_time.run_virtual)."""
 
-    def __init__(self, manifest: RunManifest, start: torch.Tensor, clock: Clock, rng: Rng, *, latency_s: float = 0.04, bandwidth_bytes_s: float | None = None) -> None:
+    def __init__(
+        self,
+        manifest: RunManifest,
+        start: torch.Tensor,
+        clock: Clock,
+        rng: Rng,
+        *,
+        latency_s: float = 0.04,
+        bandwidth_bytes_s: float | None = None,
+        new_log: Callable[[], PacketLog] = MemoryLog,
+    ) -> None:
         self.run = RunTerms.of(manifest)
         self.start = start
         self.clock = clock
         self.rng = rng
         self.network = MemoryNetwork(random.Random(rng.random()), clock, latency_s=latency_s, bandwidth_bytes_s=bandwidth_bytes_s)
         self.peers: list[SimulatedPeer] = []
+        self._new_log = new_log
         self._trace = blake3()
-        self.tasks: asyncio.TaskGroup | None = None
 
-    def add(self, step_s: float = 1.0) -> SimulatedPeer:
-        """A new identity; not running yet."""
+    def add(self, step_s: float = 1.0, listens: bool = True) -> SimulatedPeer:
+        """A new identity; not running yet. It trains a step each `step_s` virtual seconds; 0: never. `listens`: others can dial it."""
         n = len(self.peers)
         identity = Identity.from_seed(blake3(f"peer {n}".encode()).digest())
-        self.peers.append(SimulatedPeer(ToyAuthor(identity), f"peer-{n}", step_s, seed=n))
+        self.peers.append(SimulatedPeer(ToyAuthor(identity), f"peer-{n}", step_s, n, listens, self._new_log()))
         return self.peers[-1]
 
     async def found(self, sim: SimulatedPeer, role: str = "seed") -> str:
@@ -129,9 +144,9 @@ class SimulatedSwarm:
         """Start `sim` as a newcomer that knows only addresses: manifest, snapshot, then packets."""
         await self._launch(sim, "peer", bootstrap, replica=self.run.new_replica(), joined=False)
 
-    async def _launch(self, sim: SimulatedPeer, role: str, bootstrap: tuple[str, ...], *, replica, joined: bool) -> str:  # type: ignore[no-untyped-def]
+    async def _launch(self, sim: SimulatedPeer, role: str, bootstrap: tuple[str, ...], *, replica: Replica, joined: bool) -> str:
         known_run = self.run.run if joined else b""
-        transport = self.network.transport(sim.author.identity, sim.name, known_run)
+        transport = self.network.transport(sim.author.identity, sim.name, known_run, listens=sim.listens)
         rng = random.Random(self.rng.random())
         outside = Outside(transport, Transfers(transport, self.clock, rng), self.clock, rng, toy_verify)
         addresses = tuple(await transport.start())
@@ -140,7 +155,7 @@ class SimulatedSwarm:
         board = NoticeBoard(self.clock, lambda notice: self._note(sim, notice))
         weights = self.start.clone()
         peer = assemble(
-            self.run, sim.author, outside, replica=replica, weights=weights, log=MemoryLog(), stream=rng.getrandbits(63),
+            self.run, sim.author, outside, replica=replica, weights=weights, log=sim.log, stream=rng.getrandbits(63),
             settings=PeerSettings(sim.name, role, bootstrap, addresses), board=board, joined=joined,
         )  # fmt: skip
         sim.peer = peer
@@ -176,6 +191,7 @@ class SimulatedSwarm:
     def kill(self, sim: SimulatedPeer) -> None:
         """SIGKILL: everything in memory is gone, connections are reset."""
         assert sim.task is not None
+        sim.killed = True
         sim.task.cancel()
         self.network.kill(sim.author.peer_id)
 
@@ -197,7 +213,7 @@ class SimulatedSwarm:
     def living(self) -> list[SwarmPeer]:
         """Running peers. A peer that ended by a fault raises that fault here: a simulation must not go on without it."""
         for sim in self.peers:
-            if sim.task is not None and sim.task.done() and not sim.task.cancelled():
+            if sim.task is not None and not sim.killed and sim.task.done():
                 sim.task.result()
         return [sim.peer for sim in self.peers if sim.alive and sim.peer is not None]
 
