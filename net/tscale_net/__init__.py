@@ -1,24 +1,28 @@
 """tscale_net: bytes between peers. Nothing here knows tensors; nothing above touches sockets, time or randomness.
 
-The map, from the outside in:
+What the rooms above use:
 
-    ports.py             what the rooms above see: Transport, Clock, Rng, and the events
-    errors.py            Refused: a reason code, one sentence, the fix          limits.py   every size, rate and time
+    ports.py             Transport, Clock, Rng and the events; the real clock
+    errors.py            Refused: a reason code, one sentence, the fix          limits.py   every size, rate and time, with its reason
     identity.py          Ed25519 key, peer id, CURVE key, key file              words.py    friendly names
     address.py           the three forms of an address                          address_book.py   ids pinned at first contact
+    transport.py         ZmqTransport, the real Transport                       transfer.py Transfers: blobs over any Transport
+    testing.py           the network in memory, virtual time, the conformance suite
 
-    transport.py         ZmqTransport: wires the parts below into a Transport
-    listener.py          the listening socket: routes, first messages           dialler.py  two sockets to a dialled peer
-    link.py              one session: queues, writers, keep-alive               handshake.py      signed HELLO, made and checked
-    frames.py            32-byte header                                         messages.py one strict struct per message
-    admission.py         who may finish the encryption handshake; bans          guard.py    caps and cuts on TCP connections
-    sockets.py           socket options, ports                                  hello.py    the door for those who know host:port only
-    events.py            bounded event queue                                    token_bucket.py, tasks.py
+How ZmqTransport is made, from strangers to friends:
 
-    transfer.py          blobs: pull with credit, hash check, several sources   blobs.py, transfer_server.py, transfer_client.py
+    sockets.py           socket options and ports                               guard.py    caps and cuts on TCP connections
+    admission.py         who may finish the encryption handshake; bans          hello.py    the door for those who know host:port only
+    listener.py          the listening socket and its routes                    dialler.py  two connections to a dialled peer
+    handshake.py         signed HELLO, made and checked                         dials.py    crossing dials: which one survives
+    sessions.py          strangers become links here                            link.py     one session: queues, keep-alive, farewell
+    wire.py              one connection: numbered frames                        frames.py   the 32-byte header
+    messages.py          one strict struct per message                          events.py   the queue before next_event
+    token_bucket.py      upload limit, flood limit                              tasks.py    background tasks with an owner
 
-    testing.py           for tests: memory_network.py, memory_transport.py (the twin of ZmqTransport), virtual_time.py, conformance.py
+Blobs: blobs.py (chunks, hashes, root), transfer_server.py, transfer_client.py, assembly.py (a blob while it is received).
+Tests: memory_network.py and memory_transport.py (the twin of ZmqTransport), virtual_time.py, conformance.py.
 
-A frame's way: Transport.send -> link queue -> writer -> socket -> (encrypted TCP) -> route or reader -> frames.decode -> EventQueue ->
+The way of a message: Transport.send -> link queue -> writer -> wire -> (encrypted TCP) -> route or reader -> wire -> link -> EventQueue ->
 next_event.
 """

@@ -74,9 +74,7 @@ class Sessions:
         """Check a HELLO and answer it, or raise Refused."""
         hello = self._gate.check(wire_hello, route.curve_key, self._run())
         peer = peer_id_of(hello.public_key)
-        banned_s = self._admission.ban_left_s(route.curve_key)
-        if banned_s > 0:
-            raise Refused("banned", f"{peer} is banned here for {banned_s:.0f} s more.")
+        self._check_ban(peer, route)
         link = self.links.get(peer)
         earlier = [accepting for accepting in self._accepting.values() if accepting.peer == peer]
         standing = link.hello if link else None
@@ -97,12 +95,18 @@ class Sessions:
         if accepting is None or accepting.route.curve_key != route.curve_key or accepting.route.closed:
             raise Refused("bad-session", f"{route.address} wants to join a session that does not exist.")
         del self._accepting[session]
+        self._check_ban(accepting.peer, route)
         if not route.wire.try_send(Kind.ATTACHED, encode(Attach(session))):
             raise WireGone
         wires: dict[Channel, Wire] = {Channel.CONTROL: accepting.route.wire, Channel.BULK: route.wire}
         link = self._new_link(accepting.peer, accepting.hello, wires, accepting.route.address, outgoing=False)
         accepting.route.link = route.link = link
         self._stand(link)
+
+    def _check_ban(self, peer: PeerId, route: Route) -> None:
+        banned_s = self._admission.ban_left_s(route.curve_key)
+        if banned_s > 0:
+            raise Refused("banned", f"{peer} is banned here for {banned_s:.0f} s more.")
 
     def route_gone(self, route: Route) -> None:
         """An accepted connection ended."""
