@@ -67,8 +67,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write. Raises Refused for text, shapes and devices that cannot be used, OSError for files."""
     import tempfile
 
-    from tscale_fed.assembly import prepare_data
+    from tscale_fed.assembly import model_shape, prepare_data
     from tscale_fed.bench.learning_jobs import jobs_of, run_jobs
+    from tscale_fed.bench.learning_rows import ONE, run_config
     from tscale_fed.bench.learning_table import goal_met, table_lines
     from tscale_fed.bench.machine import result_path, usable_cores
     from tscale_fed.config import DEMO_SOURCE, DataSection
@@ -82,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     started = clock.now()
     with tempfile.TemporaryDirectory(prefix="tscale-bench-") as folder:
         data = prepare_data(DataSection(sources=tuple(arguments.text or [DEMO_SOURCE])), Path(folder))
+        model_shape(run_config(plan, ONE, arguments.rates[0], seed=1).recipe(), data.vocab)  # refuses bad --dims before a worker starts
         jobs = jobs_of(plan, data.directory, arguments.rows, arguments.rates, range(1, arguments.seeds + 1))
         workers = min(arguments.workers or min(usable_cores(), MOST_WORKERS), len(jobs))
         console.say(f"{len(jobs)} runs of {plan.steps} steps on {data.train_tokens} tokens, {workers} at once")

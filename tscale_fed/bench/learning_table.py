@@ -103,53 +103,59 @@ def goal_met(runs: Sequence[Measured]) -> bool:
 
 
 def table_lines(plan: Plan, runs: Sequence[Measured]) -> list[str]:
-    """What the bench prints: the setting, one line per row, the scan, the verdict."""
+    """What the bench prints: the setting, one block per loss, the scan, the verdict."""
     by_kind = {kind: summarise(runs, kind) for kind in KINDS}
     seeds = len({run.seed for run in runs})
     parameters = max((run.parameters for run in runs), default=0)
     return [
-        f"{plan.dims}, {parameters / 1e6:.2f} M weights; {plan.peers} peers, {plan.fragments} x {plan.length} tokens per step and peer, "
-        f"{plan.steps} steps, {seeds} seed{'s' if seeds > 1 else ''}",
-        f"a delta every {plan.publish_every_steps} steps, received one interval later; held-out loss in nats per token, "
-        "mean (least..greatest seed), each row at its best rate",
+        f"{plan.dims}, {parameters / 1e6:.2f} M weights; {plan.peers} peers, {plan.fragments} x {plan.length} tokens per step and peer",
+        f"{plan.steps} steps, seeds: {seeds}; a delta every {plan.publish_every_steps} steps, received one interval later",
+        "held-out loss in nats per token: mean (least..greatest seed), each row at its best rate",
         "",
-        f"{'':<{_TITLE_CHARACTERS}}  {_columns('last basepoint')}  {_columns(f'mean of {plan.mean_points} basepoints')}  received per peer",
-        *(_row_line(row, by_kind, runs) for row in TITLES if any(row in summaries for summaries in by_kind.values())),
+        *_block_lines("last basepoint", by_kind["last"], runs),
+        "",
+        *_block_lines(f"mean of {plan.mean_points} basepoints", by_kind["mean"], runs),
         "",
         *_scan_lines(runs),
         "",
+        *_traffic_lines(runs),
         *_verdict_lines(by_kind),
     ]
 
 
-_COLUMN_CHARACTERS = 54
+def _block_lines(title: str, summaries: dict[str, Summary], runs: Sequence[Measured]) -> list[str]:
+    """One loss: a line per measured row."""
+    lines = [f"{title:<{_TITLE_CHARACTERS}}  {'rate':<7}{'loss':<26}gap closed"]
+    for row in TITLES:
+        if row in summaries:
+            lines.append(f"{TITLES[row]:<{_TITLE_CHARACTERS}}  {_cells(summaries, row)}")
+        elif any(run.row == row for run in runs):
+            lines.append(f"{TITLES[row]:<{_TITLE_CHARACTERS}}  diverged at every rate")
+    return lines
 
 
-def _columns(title: str) -> str:
-    return f"{'rate':<6} {title:<26} gap closed".ljust(_COLUMN_CHARACTERS)
-
-
-def _row_line(row: str, by_kind: dict[Kind, dict[str, Summary]], runs: Sequence[Measured]) -> str:
-    cells = [_cell(by_kind[kind], row) for kind in KINDS]
-    return f"{TITLES[row]:<{_TITLE_CHARACTERS}}  {'  '.join(cells)}  {_traffic(row, runs)}".rstrip()
-
-
-def _cell(summaries: dict[str, Summary], row: str) -> str:
-    if row not in summaries:
-        return "diverged at every rate".ljust(_COLUMN_CHARACTERS)
-    found, loss = summaries[row], summaries[row].loss
+def _cells(summaries: dict[str, Summary], row: str) -> str:
+    found = summaries[row]
     closed = gap_closed(summaries, row)
-    share = f"{closed.mean:.0%} ({closed.least:.0%}..{closed.greatest:.0%})" if closed else "-"
     rate = f"{found.rate:g}{'!' if found.at_edge else ''}"
-    return f"{rate:<6} {f'{loss.mean:.4f} ({loss.least:.4f}..{loss.greatest:.4f})':<26} {share}".ljust(_COLUMN_CHARACTERS)
+    return f"{rate:<7}{_spread_text(found.loss, '.4f'):<26}{_spread_text(closed, '.0%') if closed else '-'}"
 
 
-def _traffic(row: str, runs: Sequence[Measured]) -> str:
-    run = next((run for run in runs if run.row == row and run.exchanges), None)
-    if run is None:
-        return ""
-    per_weight = run.sent_bytes / run.exchanges / run.parameters
-    return f"{bytes_text(run.received_bytes)} ({per_weight:.3f} bytes per weight and packet)"
+def _spread_text(spread: Spread, form: str) -> str:
+    around = f" ({spread.least:{form}}..{spread.greatest:{form}})" if spread.least < spread.greatest else ""
+    return f"{spread.mean:{form}}{around}"
+
+
+def _traffic_lines(runs: Sequence[Measured]) -> list[str]:
+    """What one peer receives over the run, per swarm row."""
+    lines = []
+    for row, title in TITLES.items():
+        run = next((run for run in runs if run.row == row and run.exchanges), None)
+        if run is not None:
+            per_weight = run.sent_bytes / run.exchanges / run.parameters
+            received = f"a peer receives {bytes_text(run.received_bytes)}, {per_weight:.3f} bytes per weight and delta"
+            lines.append(f"{title:<{_TITLE_CHARACTERS}}  {received}")
+    return lines
 
 
 def _scan_lines(runs: Sequence[Measured]) -> list[str]:
