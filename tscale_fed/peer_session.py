@@ -256,7 +256,7 @@ class PeerSession:
         try:
             state = await self.training.call(lambda trainer: self._state())
             await asyncio.to_thread(self.built.store.save, *state)
-            self.built.peer.meeting.checkpointed()
+            self.built.peer.meeting.checkpointed(state[2]["paid"])
         except Refused as refusal:
             self.ground.console.warn(refusal.detail)
 
@@ -283,8 +283,9 @@ class PeerSession:
         if self.built.peer.gossip.hold or not math.isfinite(self.built.peer.meeting.displacement_norm()):
             return  # nothing of ours yet, or nothing worth keeping
         try:
-            self.built.store.save(*self._state())
-            self.built.peer.meeting.checkpointed()
+            state = self._state()
+            self.built.store.save(*state)
+            self.built.peer.meeting.checkpointed(state[2]["paid"])
         except Refused as refusal:
             self.ground.console.warn(refusal.detail)
 

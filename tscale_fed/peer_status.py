@@ -5,6 +5,7 @@ Enters: a session. Leaves: one `Status`. Reads only; called on the event loop ab
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from tscale_net.ports import LinkInfo, PeerId
@@ -64,7 +65,7 @@ def status_of(session: PeerSession) -> Status:
         publish_every_steps=found.manifest.publish_every_steps,
         peers=_rows(session),
         wire=_wire(session),
-        refused=dict(peer.board.refused),
+        refused=dict(peer.board.refused + Counter(ground.outside.transfers.refused)),
         transfer=Transfer("snapshot", *received, sources=len(peer.linked)) if received else None,
         losses=session.losses.points(),
         events=[EventLine(notice.at, plain(notice.text, _EVENT_CHARACTERS)) for notice in list(peer.board.notices)[-100:]],

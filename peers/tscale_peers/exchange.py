@@ -183,9 +183,10 @@ class Exchange:
         self._stale = [False] * len(self._chunks)
         self._write_all()
 
-    def checkpointed(self) -> None:
-        """A checkpoint with the present d and `paid` is durable (or was just restored): the log must keep own packets from here on."""
-        stream = self.paid.streams.get(self.stream_key)
+    def checkpointed(self, paid: bytes | None = None) -> None:
+        """A checkpoint that holds `paid` (default: the present one) is durable: the log must keep own packets that it lacks."""
+        kept = self.paid if paid is None else AppliedSet.decode(paid, len(self._chunks), max_streams=1)
+        stream = kept.streams.get(self.stream_key)
         self.log.hold(self.stream_key, 1 + (int(stream.contiguous.min()) if stream else 0))
 
     # -- receive -------------------------------------------------------------------------------------------------------

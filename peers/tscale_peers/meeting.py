@@ -149,10 +149,10 @@ class MeetingPoint:
         with self._lock:
             self.exchange.keep_unpublished(saved)
 
-    def checkpointed(self) -> None:
-        """A checkpoint of the present state is durable: the log may let go of what it contains."""
+    def checkpointed(self, paid: bytes) -> None:
+        """A checkpoint with this `paid` is durable: the log may let go of what it contains."""
         with self._lock:
-            self.exchange.checkpointed()
+            self.exchange.checkpointed(paid)
 
     def displacement_norm(self) -> float:
         with self._lock:

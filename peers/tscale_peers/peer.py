@@ -204,6 +204,7 @@ class SwarmPeer:
         self.linked.discard(event.peer)
         self.membership.link_down(event.peer)
         self.gossip.link_down(event.peer)
+        self.outside.transfers.peer_gone(event.peer)
         self.board.tell("link", f"link to {self.name_of(event.peer)} is down: {event.reason}")
 
     def _on_frame(self, frame: Frame) -> None:
