@@ -61,10 +61,11 @@ def peer_main(argv: Sequence[str] | None = None) -> int:
 
 def status_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `tscale-status`."""
-    from tscale_fed.commands import peer_arguments, status
+    from tscale_fed.commands.peer_arguments import resolve_home
+    from tscale_fed.commands.status import status_parser
 
-    arguments = status.status_parser().parse_args(argv)
-    peer_arguments.resolve_home(arguments)
+    arguments = status_parser().parse_args(argv)
+    resolve_home(arguments)
     return run_command("tscale-status", "status", arguments)
 
 

@@ -115,6 +115,9 @@ class ControlServer:
             self._path.unlink(missing_ok=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._server is None:
+            writer.transport.abort()  # accepted while we were closing
+            return
         task = asyncio.get_running_loop().create_task(self._serve_client(reader, writer))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)

@@ -43,6 +43,8 @@ PROGRESS_RATE_WINDOW_S = 5.0
 # Status screen.
 RECONNECT_INTERVAL_S = 1.0
 """How often a screen whose peer is gone looks whether it is back."""
+CONFIRM_S = 10.0
+"""How long `y` confirms the question before it."""
 
 # Demo.
 DEMO_SECONDS = 120

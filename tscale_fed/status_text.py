@@ -12,7 +12,7 @@ from tscale_fed.status import PeerRow, Status, Transfer
 from tscale_fed.units import bytes_text, count_text, duration_text, plain, rate_text, short_hex
 
 NAME_CHARACTERS = 20
-RUN_NAME_CHARACTERS = 40
+REACH_CHARACTERS = 120
 PATH_CHARACTERS = 8
 PAGE_EVENTS = 8
 
@@ -85,7 +85,7 @@ def peer_cells(peer: PeerRow) -> tuple[str, ...]:
     )
 
 
-PEER_COLUMNS = ("peer", "state", "path", "rtt", "share", "lag", "last delta", "tok/s")
+PEER_COLUMNS = ("peer", "state", "path", "rtt", "share", "lag", "last", "tok/s")
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
@@ -95,55 +95,77 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 def page(status: Status) -> str:
     """Everything a person asks first, as lines of text; event times are local clock times."""
-    lines = [_title_line(status), _own_line(status), _swarm_line(status), _wire_line(status)]
-    if status.reach:
-        lines.append(f"reach   {status.reach}")
-    if status.transfer is not None:
-        lines.append(f"now     {transfer_text(status.transfer)}")
-    lines.append(f"refused {refused_text(status.refused)}")
-    lines += ["", *_table([PEER_COLUMNS, *(peer_cells(peer) for peer in status.peers)])] if status.peers else ["", "no other peers yet"]
+    lines = ["  ".join(parts) for parts in summary(status)]
+    if status.peers:
+        lines += ["", *_table([PEER_COLUMNS, *(peer_cells(peer) for peer in status.peers)])]
+    else:
+        lines += ["", "no other peers yet"]
     if status.events:
         lines += ["", *(f"{event_time(event.unix_s)}  {event.text}" for event in status.events[-PAGE_EVENTS:])]
     return "\n".join(lines)
 
 
-def _title_line(status: Status) -> str:
-    who = f"{plain(status.name, NAME_CHARACTERS)} ({status.role}, {short_hex(status.peer)})"
-    run = f"{plain(status.run_name, RUN_NAME_CHARACTERS) or 'run'} ({short_hex(status.run)})"
-    return f"{run}  {who}  {status.phase}  up {duration_text(status.uptime_s)}  version {status.version}"
-
-
-def _own_line(status: Status) -> str:
-    return "  ".join(
-        [
-            f"me      step {count_text(status.step)}",
-            f"tokens {count_text(status.tokens)}",
-            f"loss {loss_text(status.train_loss)}",
-            f"{optional_count(status.tokens_per_s)} tok/s",
-            f"busy {percent_text(status.busy_fraction)}",
-            f"share {percent_text(status.share)}",
-            f"device {status.device or '-'}",
-        ]
+def summary(status: Status) -> list[list[str]]:
+    """The lines on top: title, me, swarm, wire, reach or what is being fetched, refused. Each is a list of parts, most important first,
+    so that a narrow screen can leave out the last ones."""
+    now = (
+        ["fetch  ", transfer_text(status.transfer)]
+        if status.transfer
+        else ["reach  ", plain(status.reach, REACH_CHARACTERS) or "not known yet"]
     )
+    return [title_parts(status), own_parts(status), swarm_parts(status), wire_parts(status), now, ["refused", refused_text(status.refused)]]
 
 
-def _swarm_line(status: Status) -> str:
-    model = f"model {short_hex(status.basepoint_hash)} {agreement_text(status)}"
-    return f"swarm   loss {loss_text(status.swarm_loss)}  peers {peers_text(status.peers)}  {model}"
-
-
-def _wire_line(status: Status) -> str:
-    wire = status.wire
-    parts = [
-        f"wire    sent {bytes_text(wire.up_bytes)} ({wire.deltas_sent} deltas)",
-        f"got {bytes_text(wire.down_bytes)} ({wire.deltas_applied} deltas)",
-        f"{bytes_per_param_text(wire.bytes_per_param)} B/param",
+def title_parts(status: Status) -> list[str]:
+    return [
+        plain(status.run_name, NAME_CHARACTERS) or short_hex(status.run),
+        f"{plain(status.name, NAME_CHARACTERS)} ({status.role})",
+        status.phase,
+        f"up {duration_text(status.uptime_s)}",
+        f"loss {loss_text(status.train_loss)} (swarm {loss_text(status.swarm_loss)})",
+        f"v{plain(status.version, NAME_CHARACTERS)}",
+        f"run {short_hex(status.run)}",
     ]
-    if wire.up_bytes_per_s is not None:
-        parts.append(f"up {rate_text(wire.up_bytes_per_s)}")
-    if wire.down_bytes_per_s is not None:
-        parts.append(f"down {rate_text(wire.down_bytes_per_s)}")
-    return "  ".join(parts)
+
+
+def own_parts(status: Status) -> list[str]:
+    parts = [
+        "me     ",
+        f"step {count_text(status.step)}",
+        f"{optional_count(status.tokens_per_s)} tok/s",
+        f"busy {percent_text(status.busy_fraction)}",
+        f"share {percent_text(status.share)}",
+    ]
+    if status.steps_since_publish is not None and status.publish_every_steps:
+        parts.append(f"delta {status.steps_since_publish}/{status.publish_every_steps}")
+    if status.displacement is not None:
+        parts.append(f"|d| {status.displacement:.2g}")
+    if status.rate is not None:
+        parts.append(f"rate {status.rate:.2g}")
+    return [*parts, f"{count_text(status.tokens)} tokens", plain(status.device, REACH_CHARACTERS) or "no device"]
+
+
+def swarm_parts(status: Status) -> list[str]:
+    parts = ["swarm  ", f"peers {peers_text(status.peers)}"]
+    if status.swarm_tokens_per_s is not None:
+        parts.append(f"{count_text(status.swarm_tokens_per_s)} tok/s")
+    parts.append(f"model {short_hex(status.basepoint_hash)} {agreement_text(status)}")
+    if status.swarm_batches is not None and status.budget_batches:
+        parts.append(f"{percent_text(status.swarm_batches / status.budget_batches)} of {count_text(status.budget_batches)} batches")
+    return parts
+
+
+def wire_parts(status: Status) -> list[str]:
+    wire = status.wire
+    up = "" if wire.up_bytes_per_s is None else f" at {rate_text(wire.up_bytes_per_s)}"
+    down = "" if wire.down_bytes_per_s is None else f" at {rate_text(wire.down_bytes_per_s)}"
+    return [
+        "wire   ",
+        f"sent {bytes_text(wire.up_bytes)}{up}",
+        f"got {bytes_text(wire.down_bytes)}{down}",
+        f"{bytes_per_param_text(wire.bytes_per_param)} B/param",
+        f"deltas {wire.deltas_sent} sent {wire.deltas_applied} applied",
+    ]
 
 
 def bytes_per_param_text(value: float | None) -> str:

@@ -13,7 +13,8 @@ from tscale_fed.limits import EVENT_CHARACTERS, LOSS_POINTS, RECENT_STATES, STAT
 from tscale_fed.status import EventHistory, LossHistory, PeerRow, Status, Transfer, decode, encode, finite, recent_states
 from tscale_fed.tui.testing import FakePeer
 
-REQUIRED = "run peer name role uptime_s step tokens train_loss swarm_loss basepoint_hash applied_digest recent busy_fraction peers wire refused".split()
+REQUIRED = """run peer name role uptime_s step tokens train_loss swarm_loss basepoint_hash applied_digest recent
+busy_fraction peers wire refused""".split()
 
 
 def empty_status() -> Status:

@@ -135,7 +135,7 @@ async def _serve(home: Path) -> None:
         return fake.stop()
 
     server = ControlServer(home, fake.snapshot, {"pause": fake.pause, "resume": fake.resume, "stop": stop})
-    print(f"made-up peer at {await server.start()}; Ctrl+C ends it")
+    print(f"made-up peer at {await server.start()}; Ctrl+C ends it", flush=True)
     try:
         await ended.wait()
     finally:

@@ -1,0 +1,123 @@
+"""Drawing without a screen: numbers in, characters out. Pure functions, each tested alone.
+
+A braille character holds 2 x 4 dots, so a curve of `columns` x `rows` characters has 2*columns x 4*rows dots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tscale_fed.status import LossPoint
+
+DOTS_ACROSS = 2
+DOTS_DOWN = 4
+_BRAILLE = 0x2800
+_DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
+"""Bit of the dot in row 0..3, column 0..1 (Unicode block Braille Patterns)."""
+_SPARK = "▁▂▃▄▅▆▇█"
+
+NO_CURVE, TRAIN, SWARM = 0, 1, 2
+"""Which curve a character belongs to, for its colour; the swarm's wins where both pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """`rows` lines of (character, curve) pairs, top first, with the values of the top and bottom edge and the steps at both ends."""
+
+    cells: list[list[tuple[str, int]]]
+    high: float
+    low: float
+    first_step: int
+    last_step: int
+
+
+def fit(parts: Sequence[str], width: int, gap: str = "  ") -> str:
+    """As many parts, in order, as fit into `width` characters; the first one is cut if it alone is too long."""
+    text = parts[0][:width] if parts else ""
+    for part in parts[1:]:
+        if len(text) + len(gap) + len(part) > width:
+            break
+        text += gap + part
+    return text
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The last `width` values as bars of eight heights, lowest to highest of what is shown."""
+    shown = list(values)[-width:] if width > 0 else []
+    if not shown:
+        return ""
+    low, high = min(shown), max(shown)
+    scale = (len(_SPARK) - 1) / (high - low) if high > low else 0.0
+    return "".join(_SPARK[round((value - low) * scale)] for value in shown)
+
+
+def zoom(points: Sequence[LossPoint], fraction: float) -> list[LossPoint]:
+    """The points of the last `fraction` of the steps; always at least the newest two."""
+    if not points:
+        return []
+    first, last = min(point.step for point in points), max(point.step for point in points)
+    start = last - (last - first) * fraction
+    kept = [point for point in points if point.step >= start]
+    return kept if len(kept) >= 2 else list(points[-2:])
+
+
+def loss_curve(points: Sequence[LossPoint], columns: int, rows: int) -> Curve | None:
+    """Own training loss and the swarm's held-out loss over own steps; None if there is nothing to draw or no room."""
+    values = [value for point in points for value in (point.train, point.swarm) if value is not None]
+    if not values or columns < 1 or rows < 1:
+        return None
+    low, high = min(values), max(values)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    first, last = min(point.step for point in points), max(point.step for point in points)
+    across, down = columns * DOTS_ACROSS, rows * DOTS_DOWN
+    layers = {}
+    for curve, series in ((TRAIN, [(p.step, p.train) for p in points]), (SWARM, [(p.step, p.swarm) for p in points])):
+        heights = _resample([(step, value) for step, value in series if value is not None], first, last, across)
+        layers[curve] = _plot(heights, low, high, down)
+    cells = [[_cell(layers, column, row) for column in range(columns)] for row in range(rows)]
+    return Curve(cells, high, low, first, last)
+
+
+def _resample(series: list[tuple[int, float]], first: int, last: int, across: int) -> list[float | None]:
+    """Mean value per dot column, gaps between known columns filled by straight lines; None outside the series."""
+    sums, counts = [0.0] * across, [0] * across
+    for step, value in series:
+        column = (step - first) * (across - 1) // (last - first) if last > first else across - 1
+        sums[column] += value
+        counts[column] += 1
+    known = [column for column in range(across) if counts[column]]
+    result: list[float | None] = [sums[column] / counts[column] if counts[column] else None for column in range(across)]
+    for left, right in zip(known, known[1:], strict=False):
+        start, end = sums[left] / counts[left], sums[right] / counts[right]
+        for column in range(left + 1, right):
+            result[column] = start + (end - start) * (column - left) / (right - left)
+    return result
+
+
+def _plot(heights: list[float | None], low: float, high: float, down: int) -> set[tuple[int, int]]:
+    """Dots (column, row from the top) of a connected line: neighbours are joined by vertical strokes."""
+    dots: set[tuple[int, int]] = set()
+    before: int | None = None
+    for column, height in enumerate(heights):
+        if height is None:
+            before = None
+            continue
+        row = round((high - height) / (high - low) * (down - 1))
+        start = row if before is None else before + (1 if row > before else -1 if row < before else 0)
+        dots.update((column, between) for between in range(min(start, row), max(start, row) + 1))
+        before = row
+    return dots
+
+
+def _cell(layers: dict[int, set[tuple[int, int]]], column: int, row: int) -> tuple[str, int]:
+    """The braille character at one place, and the curve it is coloured for."""
+    bits, curve = 0, NO_CURVE
+    for layer, dots in layers.items():
+        own = sum(
+            _DOT_BITS[y][x] for y in range(DOTS_DOWN) for x in range(DOTS_ACROSS) if (column * DOTS_ACROSS + x, row * DOTS_DOWN + y) in dots
+        )
+        bits |= own
+        curve = layer if own else curve
+    return (chr(_BRAILLE + bits), curve) if bits else (" ", NO_CURVE)
