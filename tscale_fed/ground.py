@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
+from tscale_fed.console import Console
+from tscale_fed.home import Home
+from tscale_fed.home_run import known_manifest
 from tscale_net import address, identity
 from tscale_net.address_book import AddressBook
 from tscale_net.errors import Refused
@@ -20,10 +23,6 @@ from tscale_net.transfer import Transfers
 from tscale_net.transport import ZmqTransport
 from tscale_peers.notices import Notice, NoticeBoard
 from tscale_peers.peer import Outside
-
-from tscale_fed.console import Console
-from tscale_fed.home import Home
-from tscale_fed.home_run import known_manifest
 
 DEFAULT_LISTEN = "0.0.0.0:7700"
 ANY_PORT = "0.0.0.0:0"

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tscale_fed.home import Home
 from tscale_net.errors import Refused
 from tscale_net.ports import Rng
 from tscale_peers.manifest import RunManifest
-
-from tscale_fed.home import Home
 
 STREAM_FILE = "stream"
 STREAM_BITS = 63

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from tscale_net.ports import LinkInfo, PeerId
-from tscale_peers.membership import State
-from tscale_peers.records import PeerRecord
-
 from tscale_fed import __version__
 from tscale_fed.ground import reach_sentence
 from tscale_fed.status import EventLine, PeerRow, PeerState, Status, Transfer, Wire, finite, recent_states
 from tscale_fed.units import plain
+from tscale_net.ports import LinkInfo, PeerId
+from tscale_peers.membership import State
+from tscale_peers.records import PeerRecord
 
 if TYPE_CHECKING:
     from tscale_fed.peer_session import PeerSession

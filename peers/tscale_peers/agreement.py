@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tscale_net.ports import PeerId
-
 from tscale_peers.notices import NoticeBoard
 from tscale_peers.records import PeerRecord
 

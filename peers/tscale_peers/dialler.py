@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 from tscale_net.errors import Refused
 from tscale_net.ports import Clock, PeerId, Rng, Transport
-
 from tscale_peers import limits
 from tscale_peers.membership import Membership
 from tscale_peers.notices import NoticeBoard

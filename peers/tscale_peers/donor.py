@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 
 from tscale_net.ports import PeerId
 from tscale_net.transfer import BlobSource
-
 from tscale_peers.peer import SwarmPeer
 
 Extra = Callable[[str], Awaitable[bytes | BlobSource | None]]

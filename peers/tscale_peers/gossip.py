@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
-from tscale_net.ports import Channel, PeerId, Rng
 
+from tscale_net.ports import Channel, PeerId, Rng
 from tscale_peers import limits
 from tscale_peers.applied import AppliedSet
 from tscale_peers.messages import HAVE, MISSING, PACKET, SUMMARY, WANT, Ranges, Summary, decode_ranges, decode_summary

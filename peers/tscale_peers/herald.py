@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import msgspec
-from tscale_net.ports import Clock, PeerId, Rng, Transport
 
+from tscale_net.ports import Clock, PeerId, Rng, Transport
 from tscale_peers.membership import Membership
 from tscale_peers.messages import RECORDS, Records
 from tscale_peers.records import PeerRecord, Sign, seal

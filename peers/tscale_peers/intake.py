@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from tscale_net.errors import Refused
 from tscale_net.ports import PeerId
-
 from tscale_peers import limits
 from tscale_peers.basepoint import Replica
 from tscale_peers.delta_log import PacketLog

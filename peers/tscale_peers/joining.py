@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from tscale_net.errors import Refused
 from tscale_net.ports import Frame, LinkUp, PeerId
-
 from tscale_peers import limits, snapshot_chunk
 from tscale_peers.applied import ChunkEntry
 from tscale_peers.donor import CHUNK_PREFIX, MANIFEST

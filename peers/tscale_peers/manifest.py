@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import blake3
 import msgspec
-from tscale_net.errors import Refused
 
+from tscale_net.errors import Refused
 from tscale_peers.layout import Layout, TensorSpec
 
 MANIFEST_VERSION = 1

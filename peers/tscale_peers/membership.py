@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tscale_net.ports import PeerId, Rng
-
 from tscale_peers import limits
 from tscale_peers.records import PeerRecord, RecordBook
 

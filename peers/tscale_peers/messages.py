@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 import msgspec
-from tscale_net.errors import Refused
 
+from tscale_net.errors import Refused
 from tscale_peers import limits
 
 RECORDS = 32

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from tscale_net.errors import Refused
 from tscale_net.ports import Clock
-
 from tscale_peers import limits
 
 

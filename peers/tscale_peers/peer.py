@@ -17,7 +17,6 @@ from tscale_net.errors import Refused
 from tscale_net.identity import peer_id_of
 from tscale_net.ports import Clock, Event, Frame, LinkDown, LinkUp, PeerId, Rng, Transport
 from tscale_net.transfer import Transfers
-
 from tscale_peers import limits
 from tscale_peers.agreement import Agreement
 from tscale_peers.dialler import Dialler

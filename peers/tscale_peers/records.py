@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import msgspec
+
 from tscale_net.errors import Refused
 from tscale_net.identity import peer_id_of
 from tscale_net.ports import PeerId
-
 from tscale_peers import limits
 
 DOMAIN = b"tscale-fed/record/1"

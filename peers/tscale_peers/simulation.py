@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import torch
 from blake3 import blake3
+
 from tscale_net.identity import Identity
 from tscale_net.memory_network import MemoryNetwork
 from tscale_net.ports import Clock, PeerId, Rng
 from tscale_net.transfer import Transfers
-
 from tscale_peers.assembly import RunTerms, assemble
 from tscale_peers.basepoint import Replica
 from tscale_peers.delta_log import MemoryLog, PacketLog

@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tscale_net.errors import Refused
 from tscale_peers.layout import TensorSpec
 from tscale_peers.manifest import MAX_MANIFEST_BYTES, RuleSpec, RunManifest

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity, verify
 from tscale_peers import limits

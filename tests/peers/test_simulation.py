@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 import torch
+
 from tscale_net.errors import Refused
 from tscale_net.ports import Channel, Clock, Rng
 from tscale_net.virtual_time import run_virtual
