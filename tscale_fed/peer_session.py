@@ -294,7 +294,8 @@ class PeerSession:
             return
         handed_over = await self.built.peer.leave(self.ground.console.say)
         if self.built.peer.linked:
-            self.ground.console.say("all my work is with the swarm" if handed_over else "nobody confirmed my last deltas: they stay in this home's log")
+            held = "a neighbour holds all my deltas" if handed_over else "nobody confirmed my last deltas: they stay in this home's log"
+            self.ground.console.say(f"{held}; good-bye")
 
     def _serve_blobs(self) -> None:
         peer, trainer = self.built.peer, self.built.trainer
@@ -304,8 +305,11 @@ class PeerSession:
             return server.blob(name) if server is not None else None
 
         chunks = len(self.built.replica.layout.chunks)
-        provider = provide_from(peer, self.found.manifest.encode(), chunks, lambda: None if peer.gossip.hold else trainer.donor_state(), extra)
-        self.ground.outside.transfers.serve(provider)
+
+        def statistics() -> bytes | None:
+            return None if peer.gossip.hold else trainer.donor_state()
+
+        self.ground.outside.transfers.serve(provide_from(peer, self.found.manifest.encode(), chunks, statistics, extra))
 
     def _has_run_data(self) -> bool:
         return self.found.data.manifest == self.found.data_recipe.data

@@ -34,8 +34,8 @@ def local_data(recipe: DataRecipe, folders: Sequence[Path]) -> TokenData | None:
 async def own_text(
     recipe: DataRecipe, folder: Path, kept_in: Path, transfers: Transfers, sources: Callable[[], Sequence[PeerId]], progress: Progress
 ) -> TokenData:
-    """Text of one's own in `folder`, made with the run's tokenizer. The run's unigram counts are fetched to `kept_in`: the model's output bias
-    is one for all peers, so it must not come from that text.
+    """Text of one's own in `folder`, made with the run's tokenizer. The run's unigram counts are fetched to `kept_in`: the model's output
+    bias is one for all peers, so it must not come from that text.
 
     Raises Refused: "wrong-tokenizer", "no-source", "bad-data", "disk".
     """
@@ -45,7 +45,8 @@ async def own_text(
         missing = await asyncio.to_thread(missing_files, kept_in, recipe.data.vocabulary_files())
         await _fetch_all(missing, sum(f.size for f in missing), kept_in, transfers, sources, progress)
     except OSError as error:
-        raise Refused("disk", f"the run's token counts cannot be written to {kept_in} ({error.strerror}): make room, or choose another --home") from None
+        detail = f"the run's token counts cannot be written to {kept_in} ({error.strerror}): make room, or choose another --home"
+        raise Refused("disk", detail) from None
     return TokenData.open(folder, unigrams=kept_in / UNIGRAMS_FILE)
 
 
@@ -59,7 +60,8 @@ async def fetch_data(
     if not recipe.served:
         raise Refused(
             "data-not-served",
-            f"this run serves no text: import your own with `tscale data import … --tokenizer {recipe.data.tokenizer.kind}` and pass --data-dir",
+            "this run serves no text: import your own with "
+            f"`tscale data import … --tokenizer {recipe.data.tokenizer.kind}` and pass --data-dir",
         )
     parts = folder.with_name(folder.name + PART_SUFFIX)
     files = recipe.files()

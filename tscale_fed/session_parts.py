@@ -85,7 +85,8 @@ def _check_checkpoint(checkpoint: Checkpoint, found: FoundRun) -> None:
     run = checkpoint.facts.get("run")
     if run != found.manifest.run_id.hex():
         whose = f"run {str(run)[:8]}" if run else "`tscale train`"
-        raise Refused("other-run", f"{checkpoint.path} is a checkpoint of {whose}, not of run {found.manifest.name}: name another --home DIR")
+        detail = f"{checkpoint.path} is a checkpoint of {whose}, not of run {found.manifest.name}: name another --home DIR"
+        raise Refused("other-run", detail)
 
 
 def _start_again(ground: Ground, found: FoundRun) -> Tensor | None:

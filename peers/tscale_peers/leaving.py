@@ -35,9 +35,9 @@ async def _publish_rest(peer: SwarmPeer, progress: Callable[[str], None]) -> Non
         await peer.off_loop(lambda p=part: peer.meeting.publish_now(p))  # type: ignore[misc]
         await peer.outside.clock.sleep(0)
         left = peer.meeting.displacement_norm() / start
-        progress(f"handing over: {left:.0%} of my unpublished work left")
         if left < limits.leave_displacement_fraction:
-            return
+            break
+    progress(f"{1 - left:.0%} of my unpublished work was published in {n + 1} deltas")
 
 
 async def _held(peer: SwarmPeer) -> bool:
