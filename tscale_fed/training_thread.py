@@ -11,6 +11,7 @@ operations, and because the thread asks the system to run after everything else 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import math
 import os
 import sys
@@ -33,6 +34,8 @@ AVERAGE_S = 30.0
 """Time constant of the averages that people see (busy fraction, tokens per second)."""
 NICENESS = 5
 """Of the training thread, Linux only (see `Priority.apply`)."""
+STOP_AT_EXIT_S = 10.0
+"""How long a program that ends without `stop` waits for the running step."""
 SWITCH_INTERVAL_S = 0.001
 """How long Python code of the training thread may hold the interpreter while the event loop waits (Python's default is 0.005)."""
 
@@ -129,6 +132,8 @@ class TrainingThread:
         self._loop = asyncio.get_running_loop()
         self._ended = self._loop.create_future()
         self._thread.start()
+        # A thread that is inside a torch operation when the interpreter goes away would take the whole process down with an abort.
+        atexit.register(self._stop_at_exit)
 
     def pause(self) -> None:
         """No further step after the running one; meetings stop too, calls go on."""
@@ -145,6 +150,8 @@ class TrainingThread:
         self._set(stopping=True)
         if self._ended is not None:
             await asyncio.wait([self._ended])
+            self._thread.join()  # its last act was to say that it ends
+            atexit.unregister(self._stop_at_exit)
 
     async def finished(self) -> None:
         """Wait until the thread has ended. Cancelling this leaves the thread running.
@@ -243,6 +250,10 @@ class TrainingThread:
             self._paused = self._paused if paused is None else paused
             self._stopping = self._stopping or stopping
             self._wake.notify()
+
+    def _stop_at_exit(self) -> None:
+        self._set(stopping=True)
+        self._thread.join(STOP_AT_EXIT_S)
 
     def _end(self, failure: Exception | None) -> None:
         assert self._ended is not None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -236,3 +239,27 @@ def test_default_threads_leave_room_for_the_event_loop() -> None:
 def test_nothing_runs_without_a_loop(trainer_of: Callable[[], Trainer], tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         thread_of(trainer_of()).start()
+
+
+LEAVES_WITHOUT_STOPPING = """
+import asyncio, sys
+from pathlib import Path
+from training_run import make_data, make_trainer
+from tscale_fed.training_thread import Priority, TrainingThread
+from tscale_net.ports import SystemClock
+
+async def main():
+    thread = TrainingThread(make_trainer(make_data(Path(sys.argv[1]))), SystemClock(), Priority(threads=1))
+    thread.start()
+    while thread.report.steps < 3:
+        await asyncio.sleep(0)
+
+asyncio.run(main())
+"""
+
+
+def test_a_program_that_ends_without_stopping_ends_cleanly(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", LEAVES_WITHOUT_STOPPING, str(tmp_path)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
