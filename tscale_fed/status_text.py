@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from typing import get_args
 
-from tscale_fed.status import PeerRow, Status, Transfer
+from tscale_fed.status import PeerRow, PeerState, Status, Transfer
 from tscale_fed.units import bytes_text, count_text, duration_text, plain, rate_text, short_hex
 
 NAME_CHARACTERS = 20
@@ -31,7 +32,7 @@ def percent_text(fraction: float | None) -> str:
 def peers_text(peers: list[PeerRow]) -> str:
     """`18 live, 1 suspect, 2 dead`: other peers by state, or `none`."""
     counts = Counter(peer.state for peer in peers)
-    return ", ".join(f"{counts[state]} {state}" for state in ("live", "suspect", "dead", "banned") if counts[state]) or "none"
+    return ", ".join(f"{counts[state]} {state}" for state in get_args(PeerState) if counts[state]) or "none"
 
 
 def agreement_text(status: Status) -> str:

@@ -72,11 +72,14 @@ def loss_curve(points: Sequence[LossPoint], columns: int, rows: int) -> Curve | 
         low, high = low - 0.5, high + 0.5
     first, last = min(point.step for point in points), max(point.step for point in points)
     across, down = columns * DOTS_ACROSS, rows * DOTS_DOWN
-    layers = {}
+    cells = [[(" ", NO_CURVE)] * columns for _ in range(rows)]
+    bits: dict[tuple[int, int], int] = {}
     for curve, series in ((TRAIN, [(p.step, p.train) for p in points]), (SWARM, [(p.step, p.swarm) for p in points])):
         heights = _resample([(step, value) for step, value in series if value is not None], first, last, across)
-        layers[curve] = _plot(heights, low, high, down)
-    cells = [[_cell(layers, column, row) for column in range(columns)] for row in range(rows)]
+        for x, y in _plot(heights, low, high, down):
+            column, row = x // DOTS_ACROSS, y // DOTS_DOWN
+            bits[column, row] = bits.get((column, row), 0) | _DOT_BITS[y % DOTS_DOWN][x % DOTS_ACROSS]
+            cells[row][column] = (chr(_BRAILLE + bits[column, row]), curve)
     return Curve(cells, high, low, first, last)
 
 
@@ -109,15 +112,3 @@ def _plot(heights: list[float | None], low: float, high: float, down: int) -> se
         dots.update((column, between) for between in range(min(start, row), max(start, row) + 1))
         before = row
     return dots
-
-
-def _cell(layers: dict[int, set[tuple[int, int]]], column: int, row: int) -> tuple[str, int]:
-    """The braille character at one place, and the curve it is coloured for."""
-    bits, curve = 0, NO_CURVE
-    for layer, dots in layers.items():
-        own = sum(
-            _DOT_BITS[y][x] for y in range(DOTS_DOWN) for x in range(DOTS_ACROSS) if (column * DOTS_ACROSS + x, row * DOTS_DOWN + y) in dots
-        )
-        bits |= own
-        curve = layer if own else curve
-    return (chr(_BRAILLE + bits), curve) if bits else (" ", NO_CURVE)

@@ -5,6 +5,8 @@ Enters: `Status`. Leaves: what one panel shows. Foreign text was made safe by `s
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from rich.text import Text
 from textual.widgets import Static
 
@@ -68,8 +70,9 @@ class LossPanel(Static):
         self._zoom = 0
 
     def show(self, points: list[LossPoint]) -> None:
-        self._points = points
-        self._draw()
+        if points != self._points:
+            self._points = points
+            self._draw()
 
     def next_zoom(self) -> None:
         """Whole run -> last half -> last tenth -> whole run."""
@@ -92,8 +95,8 @@ class LossPanel(Static):
         for index, cells in enumerate(curve.cells):
             label = loss_text(curve.high) if index == 0 else loss_text(curve.low) if index == len(curve.cells) - 1 else ""
             text.append(label.rjust(AXIS_CHARACTERS - 1) + "│", "dim")
-            for character, layer in cells:
-                text.append(character, _CURVE_STYLES[layer])
+            for layer, run in groupby(cells, key=lambda cell: cell[1]):
+                text.append("".join(character for character, _ in run), _CURVE_STYLES[layer])
             text.append("\n")
         steps = f"{words} (z), step {count_text(curve.first_step)} to {count_text(curve.last_step)}"
         text.append("━ train  ", _CURVE_STYLES[TRAIN]).append("━ swarm  ", _CURVE_STYLES[SWARM]).append(steps, "dim")
