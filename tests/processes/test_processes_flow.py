@@ -80,7 +80,7 @@ def _check_leaving(seed: PeerProcess, ann: PeerProcess, bob: PeerProcess) -> Non
     """Once: publish, hand over, go, by SIGINT as by SIGTERM. Twice: gone at once."""
     ann.signal(signal.SIGINT)
     assert ann.ends() == 0, ann.text()
-    assert "all my work is with the swarm" in ann.text()
+    assert "a neighbour holds all my deltas" in ann.text()
     seed.until(lambda s: {row.name: row.state for row in s.peers}["ann"] == "left", "ann gone in order")
 
     seed.signal(signal.SIGSTOP)  # nobody confirms bob's last deltas, so bob would wait
