@@ -57,17 +57,18 @@ def swarm_of(data: TokenData, row: str = SIGN) -> InProcessSwarm:
 
 # -- what it is for ----------------------------------------------------------------------------------------------------
 
-LEARNING = Plan(dims="e128h1d4w64", fragments=4, length=64, steps=150, warmup_steps=20, eval_fragments=32, eval_batches=8)
-MARGIN = 0.04
-"""Nats per token. MEASURED_NOTE"""
+LEARNING = Plan(dims="e128h1d4w64", fragments=4, length=64, steps=100, warmup_steps=20, eval_fragments=32, eval_batches=8, curve_points=1)
+LEARNING_RATE = 0.04
+MARGIN = 0.08
+"""Nats per token. Measured with seeds 1 and 2: one peer 2.063 and 2.043, the swarm 1.909 and 1.910."""
 
 
 @pytest.mark.timeout(600)
 def test_four_peers_with_one_bit_deltas_learn_more_than_one_peer(tmp_path: Path) -> None:
     """Equal steps, equal rate, real text. The figures with the rate scanned and three seeds are in docs/learning.md."""
     data = prepare_data(DataSection(), tmp_path)
-    one = measure(LEARNING, data.directory, ONE, 0.02, seed=1).last_loss
-    swarm = measure(LEARNING, data.directory, SIGN, 0.02, seed=1).last_loss
+    one = measure(LEARNING, data.directory, ONE, LEARNING_RATE, seed=1).last_loss
+    swarm = measure(LEARNING, data.directory, SIGN, LEARNING_RATE, seed=1).last_loss
     assert one is not None and swarm is not None
     assert swarm < one - MARGIN
 

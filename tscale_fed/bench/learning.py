@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 SWARM_ROWS = ("sign", "exact", "average")
 """Rows beside "one" and "sync", which are always measured; their meaning is in learning_rows.py."""
 PRESETS: dict[str, dict[str, Any]] = {
-    "cpu": dict(dims="e128h1d4w64", fragments=4, length=64, steps=600, warmup_steps=50, device="cpu"),
+    "cpu": dict(dims="e128h1d4w64", fragments=4, length=64, steps=400, warmup_steps=50, device="cpu"),
     "gpu": dict(dims="e256h2d8w256", fragments=16, length=256, steps=500, warmup_steps=50, device="cuda"),
 }
 """cpu: the smallest TScale model with all kinds of layers; short batches, so that the noise that averaging removes is there to remove.
 gpu: 5 M weights, 4096 tokens per step and peer."""
-RATES = (0.005, 0.01, 0.02, 0.04)
+RATES = (0.01, 0.02, 0.04, 0.08)
 SEEDS = 3
 MOST_WORKERS = 8
 """More processes than this wait for one GPU rather than use it (guess)."""
