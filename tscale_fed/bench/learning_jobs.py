@@ -1,11 +1,11 @@
-"""Many runs at once: jobs, worker processes, a progress line.
+"""Many runs at once: jobs, worker processes, progress lines.
 
 Enters: a plan, rows, rates, seeds. Leaves: one `Measured` per job, in the order of the jobs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -45,14 +45,17 @@ class Job:
 
 
 def jobs_of(plan: Plan, data_folder: Path, swarm_rows: Iterable[str], rates: Iterable[float], seeds: Iterable[int]) -> list[Job]:
-    """Rows "one", "sync" and `swarm_rows`, at every rate, with every seed; the longest first, so that no worker is idle at the end."""
+    """Rows "one", "sync" and `swarm_rows`, at every rate, with every seed.
+
+    Seed by seed, so that a bench that was cut short still compares like with like; the short runs last, so that no worker idles at the end.
+    """
     rows = [*dict.fromkeys(swarm_rows), SYNC, ONE]
     rates, seeds = list(dict.fromkeys(rates)), list(seeds)
-    return [Job(plan, data_folder, row, rate, seed) for row in rows for seed in seeds for rate in rates]
+    return [Job(plan, data_folder, row, rate, seed) for seed in seeds for row in rows for rate in rates]
 
 
-def run_jobs(jobs: Sequence[Job], workers: int, console: Console, clock: Clock) -> list[Measured]:
-    """Run all jobs in `workers` processes; a line per finished job, and one every 10 s.
+def run_jobs(jobs: Sequence[Job], workers: int, console: Console, clock: Clock, keep: Callable[[list[Measured]], None]) -> list[Measured]:
+    """Run all jobs in `workers` processes; a line per finished job, and one every 10 s. `keep` gets all that is finished each time more is.
 
     Raises what a job raises, after cancelling the others; Refused("bench-worker") if a process died.
     """
@@ -62,7 +65,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console, clock: Clock) 
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(done_batches,)) as pool:
         futures = {pool.submit(_work, job): job for job in jobs}
         try:
-            _watch(futures, done_batches, console, clock)
+            _watch(futures, done_batches, console, clock, keep)
             return [future.result() for future in futures]
         except BrokenProcessPool:
             detail = "a worker process died, most likely for want of memory: use fewer --workers or a smaller --dims"
@@ -71,7 +74,13 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console, clock: Clock) 
             pool.shutdown(cancel_futures=True)
 
 
-def _watch(futures: dict[Future[Measured], Job], done_batches: Synchronized[int], console: Console, clock: Clock) -> None:
+def _watch(
+    futures: dict[Future[Measured], Job],
+    done_batches: Synchronized[int],
+    console: Console,
+    clock: Clock,
+    keep: Callable[[list[Measured]], None],
+) -> None:
     """Until all are done or one fails."""
     all_batches = sum(job.cost for job in futures.values())
     started, waiting = clock.now(), set(futures)
@@ -81,7 +90,9 @@ def _watch(futures: dict[Future[Measured], Job], done_batches: Synchronized[int]
         left = f", {duration_text((clock.now() - started) * (1 - fraction) / fraction)} left" if fraction else ""
         for future in finished:
             console.say(f"{_line(future.result())}  {fraction:.0%} done{left}")
-        if not finished:
+        if finished:
+            keep([future.result() for future in futures if future not in waiting])
+        else:
             console.say(f"{fraction:.0%} done{left}")
 
 
