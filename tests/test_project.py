@@ -67,6 +67,13 @@ def test_forbidden_calls_stay_out() -> None:
     assert not found, "\n".join(found)
 
 
+def test_no_path_of_the_machine_it_was_written_on() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split("\n")
+    for name in (name for name in listed if name.endswith((".py", ".md", ".toml", ".sh", "Makefile"))):
+        text = (ROOT / name).read_text()
+        assert not re.search(r"(?<![\w.])/(wor" + r"k|roo" + r"t)/|" + re.escape(str(ROOT)), text), name
+
+
 def test_every_module_says_what_it_is_and_stays_short() -> None:
     for path in sources("tscale_fed", "net", "kernels", "peers", "scripts"):
         text = path.read_text()

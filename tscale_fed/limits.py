@@ -47,8 +47,22 @@ CONFIRM_S = 10.0
 """How long `y` confirms the question before it."""
 
 # Demo.
-DEMO_SECONDS = 120
-"""Default length of the training part of the demo, chosen so that the whole ends within 3 minutes on 2 CPU cores."""
+DEMO_SECONDS = 100.0
+"""Default length of the training part, so that the whole ends within 3 minutes on 2 CPU cores."""
+DEMO_START_S = 60.0
+"""A process of the demo that does not train by then is reported: importing torch takes 2 to 10 s, the rest about 3 s."""
+DEMO_LINE_S = 5.0
+"""One line of figures this often."""
+DEMO_POLL_S = 0.5
+"""How often the processes are looked at in between; each look also collects states to compare."""
+DEMO_QUIET_S = 20.0
+"""Longest wait, once all are paused, until the last deltas have reached everybody."""
+DEMO_LEAVE_S = 30.0
+"""A process that has not left by then is killed; leaving takes about 3 s."""
+DEMO_SAFETY_S = 240.0
+"""The processes leave by themselves this long after the demo should have ended it, should the demo itself be killed."""
+DEMO_LAST_LINES = 8
+"""Lines of a dead process's output that are shown."""
 
 # A running peer.
 CATCH_UP_S = 20.0

@@ -75,7 +75,8 @@ def _positive_int(text: str) -> int:
     return int(text)
 
 
-def _positive_seconds(text: str) -> float:
+def positive_seconds(text: str) -> float:
+    """The value of a `--seconds` flag."""
     try:
         value = float(text)
     except ValueError:
@@ -144,7 +145,7 @@ def peer_parser() -> argparse.ArgumentParser:
     )
 
     running = parser.add_argument_group("running")
-    running.add_argument("--seconds", type=_positive_seconds, metavar="N", help="leave cleanly after so many seconds")
+    running.add_argument("--seconds", type=positive_seconds, metavar="N", help="leave cleanly after so many seconds")
     running.add_argument("--json-log", action="store_true", help="print one JSON object per line")
     running.add_argument("--debug", action="store_true", help="show Python tracebacks")
     running.add_argument("--version", action="version", version=f"tscale-peer {__version__}")
