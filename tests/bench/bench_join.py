@@ -2,8 +2,8 @@
 
     python tests/bench/bench_join.py [--joins 3] [--config configs/demo-cpu.toml]
 
-Prints, from the start of `tscale-peer --bootstrap`: run learned, basepoint here, first own delta held by another peer; and beside it, in the
-same run, the baseline that nobody can beat: a process that only imports torch and copies the same bytes (text and basepoint) from the disk.
+Prints, from the start of `tscale-peer --bootstrap`: run learned, basepoint here, first own delta held by another peer; and beside it, in
+the same run, what nobody can beat: a process that only imports torch and reads the same text from the disk.
 """
 
 from __future__ import annotations
@@ -99,7 +99,8 @@ def main() -> None:
             seed.wait()
     for stage in runs[0]:
         times = [run[stage] for run in runs]
-        print(f"{stage:30s} median {statistics.median(times):6.2f} s  ({min(times):.2f}..{max(times):.2f})  {statistics.median(times) / floor:5.1f} x baseline")
+        median = statistics.median(times)
+        print(f"{stage:30s} median {median:6.2f} s  ({min(times):.2f}..{max(times):.2f})  {median / floor:5.1f} x baseline")
 
 
 if __name__ == "__main__":
