@@ -5,7 +5,8 @@ tensors and numbers, for joiners the small donor state.
 
 A step sums the gradient over `accumulate` groups of `fragments` fragments, then applies the optimizer once. Its text, its token drops and
 its input noise are functions of (run seed, peer id, own step) alone: nothing random is kept between steps, so the own step count *is* the
-data position and the random state, and anybody can draw the same batch again. Two counts drive the optimizer: its momentum follows the
+data position and the random state, and anybody can draw the same batch again. (On a GPU two runs of one step may differ in the last bits,
+as its sums have no fixed order; on a processor with equal threads they do not.) Two counts drive the optimizer: its momentum follows the
 steps of this peer (a joiner starts at its donor's count), its rate follows the batches of the whole swarm against the run's budget.
 """
 
