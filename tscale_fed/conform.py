@@ -3,8 +3,7 @@
 What is compared, with weights rounded as the original stores them (`model.rounding`):
 - predictions of the start weights at every position with a target: largest absolute difference
 - the update of every matrix over all steps: |ours - theirs| / |theirs - start|, root mean square over the matrix. It is judged with the
-original's
-  gradient packing emulated. Without packing it is shown for information: what is left there is the packing's own rounding.
+  original's gradient packing emulated. Without packing it is shown for information: what is left there is the packing's own rounding.
 Several steps: the original's reference applies the embedding's update late when steps run back to back, and its forward pass keeps
 reading the old rows. How late depends on how it was driven, so each way is tried, the nearest is judged, and the embedding itself is only
 reported.

@@ -3,8 +3,10 @@
 Layout, with B fragments of T tokens, V tokens in the vocabulary, K labels per position, S optimizer steps:
     init/<matrix>, after/<matrix>   fp32 weights before the first and after the last step; names as in `ModelShape.tensors`
     text, target    [B, T] int (the same batch for every step) or [S, B, T]; target -1 = no target. Flat forms of the same length are
-    taken too train_label     [S, B*T, K] embedding rows of every position and step (token drop and noise are in them); train_sign
-    likewise, +1, -1 or 0 pred            [B, T, V] probabilities that the start weights give, without drop and noise
+                    taken too
+    train_label     [S, B*T, K] embedding rows of every position and step (token drop and noise are in them)
+    train_sign      likewise, +1, -1 or 0
+    pred            [B, T, V] probabilities that the start weights give, without drop and noise
     bias            [V] output bias in base-2 units
     meta            JSON: model_dims, vocab, frag_len, steps, drop_config, doc_start_token, max_iters, noise_rows
 `drop_config` is the original's string of letters and numbers, as in drop0.9ch1lr0.02slow2reg200tail5: token keep-probability (already in

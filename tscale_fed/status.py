@@ -39,7 +39,7 @@ class PeerRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     share: float | None = None
     """Its part of the swarm's batch rate, 0..1."""
     lag: int | None = None
-    """Its packets that are known to exist but are not applied here yet."""
+    """Batches that our basepoint contains and its basepoint, by its newest record, does not."""
     last_delta_s: float | None = None
     """Seconds since its last delta was applied here."""
     tokens_per_s: float | None = None

@@ -1,7 +1,7 @@
 """One typed struct per message of this room, with one strict decoder each.
 
 Enters: bytes of a peer. Leaves: a struct whose fields all have the right type and length, or Refused("bad-message").
-Rule: fields are positional and only ever appended; removing or changing one is a new protocol version. Unknown fields are refused.
+Rule: fields are positional and unknown ones are refused, so every change of a struct is a new protocol version.
 """
 
 from __future__ import annotations

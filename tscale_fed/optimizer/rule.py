@@ -42,8 +42,9 @@ class OptimizerSettings:
 
     rate               learning rate: RMS of a step that momentum and gradient agree on (published models: 0.01)
     warmup_batches     batches of the swarm over which the rate rises from 0 ("slow")
-    tail               None, or NN >= 1: the rate is multiplied by min(1, NN * fraction of the budget that is left), so the last 1/NN
-    falls to 0 l2                 decay of weights per step and unit of rate ("reg RR" is l2 = 1/RR)
+    tail               None, or NN >= 1: the rate is multiplied by min(1, NN * fraction of the budget that is left), so it falls to 0 over
+                       the last 1/NN
+    l2                 decay of weights per step and unit of rate ("reg RR" is l2 = 1/RR)
     join_warmup_steps  own steps over which a peer that joined a running swarm raises its rate; 0 = none
     """
 
