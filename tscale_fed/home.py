@@ -34,6 +34,10 @@ class Home:
         return self.path / "known_peers"
 
     @property
+    def neighbours(self) -> Path:
+        return self.path / "neighbours"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -69,6 +69,8 @@ CATCH_UP_S = 20.0
 """A returning peer waits at most this long for what it missed before it trains on; the rest comes while it trains."""
 ALONE_S = 8.0
 """A returning peer that nobody is linked to by then trains on: others dial a seed again after a few seconds, if there are any."""
+NEIGHBOURS_S = 1.0
+"""How often the list of neighbours is looked at; it is written only when it has changed."""
 DONOR_STATE_S = 30.0
 """Optimizer statistics are kilobytes: who does not send them by then is not asked longer."""
 STATUS_INTERVAL_S = 0.5

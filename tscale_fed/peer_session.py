@@ -20,7 +20,9 @@ from tscale_fed.control import Command
 from tscale_fed.data.serving import DataServer
 from tscale_fed.find_run import FoundRun
 from tscale_fed.ground import Ground
-from tscale_fed.limits import ALONE_S, CATCH_UP_S, DONOR_STATE_S, LINGER_S, STATUS_INTERVAL_S
+from tscale_fed.limits import DONOR_STATE_S, LINGER_S, NEIGHBOURS_S, STATUS_INTERVAL_S
+from tscale_fed.neighbours import addresses_to_keep, remember_neighbours
+from tscale_fed.returning import Returning
 from tscale_fed.session_parts import Built, progress_of
 from tscale_fed.status import LossHistory, Phase
 from tscale_fed.trainer import Trainer
@@ -51,6 +53,8 @@ class PeerSession:
         self.training = TrainingThread(built.trainer, ground.clock, Priority(threads), self._meet)
         self._evaluator = build_evaluator(found.recipe, found.data, found.config.eval, built.device, ground.clock)
         self._welcomed = False
+        self.returning: Returning | None = None
+        self._neighbours: tuple[str, ...] = ()
 
     def commands(self) -> Mapping[str, Command]:
         """What the control socket may ask."""
@@ -150,40 +154,20 @@ class PeerSession:
     async def _return(self) -> None:
         """Catch up, then decide whether the private work of last time is still of use."""
         peer, checkpoint = self.built.peer, self.built.checkpoint
-        restored = f"checkpoint of step {self.built.trainer.steps} restored" if checkpoint is not None else "no checkpoint yet: start weights and log restored"
-        self.ground.console.say(restored)
-        others = peer.gossip.known.streams.keys() - {peer.meeting.exchange.stream_key}
-        if not self.ground.arguments.solo and (self.ground.arguments.bootstrap or others):
-            await self._catch_up()
+        where = f"checkpoint of step {self.built.trainer.steps}" if checkpoint is not None else "no checkpoint yet: start weights and log"
+        self.ground.console.say(f"{where} restored")
+        self.returning = returning = Returning(self.ground, self.found, self.built)
+        if not self.ground.arguments.solo and returning.has_others:
+            await returning.catch_up()
+        if returning.caught_up or not returning.has_others:
+            await peer.off_loop(returning.judge)
         self.built.trainer.tell_swarm_batches(peer.swarm_batches())
-        if checkpoint is not None:
-            self._judge_displacement(peer.swarm_batches() - int(checkpoint.facts["swarm_batches"]))
 
-    def _judge_displacement(self, age_batches: int) -> None:
-        """Private work that is too old would lead the model back to where it was."""
-        meeting, limit = self.built.peer.meeting, self.found.manifest.limits.displacement_max_age_batches
-        norm = meeting.displacement_norm()
-        if norm == 0:
-            return
-        if age_batches > limit:
-            meeting.drop_displacement()
-            self.ground.console.warn(f"unpublished work of last time is dropped: the swarm has done {age_batches} batches since, more than {limit}")
-        else:
-            self.ground.console.say(f"unpublished work of last time is kept (norm {norm:.3g}): the swarm has done {age_batches} batches since")
-
-    async def _catch_up(self) -> None:
-        """Until what neighbours know is here and applied, or for a while if nobody answers."""
-        peer, clock = self.built.peer, self.ground.clock
-        begun = clock.now()
-
-        def waits() -> bool:
-            if peer.linked and peer.gossip.compared and not peer.gossip.backlog():
-                return False
-            return clock.now() - begun < (CATCH_UP_S if peer.linked else ALONE_S)
-
-        while waits():
-            await clock.sleep(swarm_limits.tick_s)
-        await peer.off_loop(peer.meeting.settle)
+    async def _judge_late(self) -> None:
+        """For a peer that came back alone: judge when the first neighbour has been heard."""
+        returning = self.returning
+        if returning is not None and not returning.judged and returning.caught_up:
+            await self.training.call(lambda trainer: returning.judge())
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -201,6 +185,8 @@ class PeerSession:
                 tasks.create_task(self._every(self.found.config.eval.every_s, self._evaluate, at_once=True)),
                 tasks.create_task(self._every(self.found.config.checkpoint.every_s, self._checkpoint)),
                 tasks.create_task(self._every(swarm_limits.idle_meeting_s, self._meet_if_paused)),
+                tasks.create_task(self._every(swarm_limits.idle_meeting_s, self._judge_late)),
+                tasks.create_task(self._every(NEIGHBOURS_S, self._remember_neighbours, at_once=True)),
                 tasks.create_task(self._show_status()),
             ]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -219,6 +205,17 @@ class PeerSession:
         """While training stands still, what others publish is applied all the same; on the training thread, so no step can begin meanwhile."""
         if self.training.report.paused:
             await self.training.call(lambda trainer: self.built.peer.meeting.meet_idle())
+
+    async def _remember_neighbours(self) -> None:
+        """So that a restart finds them. Without it --bootstrap still works, hence only a warning."""
+        now = addresses_to_keep(self.built.peer.membership.known())
+        if not now or now == self._neighbours:
+            return
+        self._neighbours = now
+        try:
+            await asyncio.to_thread(remember_neighbours, self.ground.home, now)
+        except Refused as refusal:
+            self.ground.console.warn(refusal.detail)
 
     async def _every(self, seconds: float, work: Callable[[], Awaitable[None]], at_once: bool = False) -> None:
         if seconds <= 0:

@@ -17,6 +17,7 @@ from tscale_fed.device import Device
 from tscale_fed.find_run import FoundRun
 from tscale_fed.ground import Ground
 from tscale_fed.home_run import stream_number
+from tscale_fed.neighbours import known_neighbours
 from tscale_fed.new_run import start_of
 from tscale_fed.trainer import Trainer
 from tscale_net.errors import Refused
@@ -71,7 +72,8 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     for remark in log.notices:
         ground.console.warn(remark)
     empty = checkpoint is None and start is None
-    settings = PeerSettings(ground.name, ground.arguments.role, tuple(ground.arguments.bootstrap), ground.addresses)
+    remembered = () if ground.arguments.solo else known_neighbours(ground.home)
+    settings = PeerSettings(ground.name, ground.arguments.role, tuple(ground.arguments.bootstrap), ground.addresses, remembered)
     peer = assemble(
         run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
         stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,

@@ -1,7 +1,7 @@
 """Keeping enough links: to peers at the addresses in their records, and to the addresses that the user gave.
 
 Enters: membership, the links that stand, the time. Leaves: dials, with back-off per peer; one sentence for the first failure of each.
-Given (bootstrap) addresses are tried again for ever at a fixed pace, so a swarm whose seed was restarted, and two groups that started from
+Addresses remembered from an earlier start are tried once. Given (bootstrap) addresses are tried again for ever at a fixed pace, so a swarm whose seed was restarted, and two groups that started from
 one bootstrap list, find each other.
 """
 
@@ -52,6 +52,7 @@ class Dialler:
         clock: Clock,
         rng: Rng,
         name_of: Callable[[PeerId], str],
+        remembered: Sequence[str] = (),
     ) -> None:
         self.book = DialBook()
         self._transport = transport
@@ -64,6 +65,7 @@ class Dialler:
         self._dialling: set[PeerId] = set()
         self._bootstrap_at = 0.0
         self._bootstrap_busy: set[str] = set()
+        self._remembered = list(remembered)
 
     def tick(self, linked: set[PeerId], tasks: asyncio.TaskGroup) -> None:
         """Dial whom we lack."""
@@ -77,6 +79,10 @@ class Dialler:
                 if address not in self._bootstrap_busy:
                     self._bootstrap_busy.add(address)
                     tasks.create_task(self._dial_given(address, quiet=bool(linked)))
+        if len(linked) < limits.links_target:
+            for address in self._remembered[: limits.dials_per_tick]:
+                tasks.create_task(self._dial_given(address, quiet=True))
+            del self._remembered[: limits.dials_per_tick]
 
     async def _dial_peer(self, peer: PeerId, addresses: Sequence[str]) -> None:
         try:

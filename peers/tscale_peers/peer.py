@@ -58,6 +58,8 @@ class PeerSettings:
     bootstrap: tuple[str, ...] = ()
     addresses: tuple[str, ...] = ()
     """Where others can dial this peer (multiaddrs); empty if it is outbound only."""
+    remembered: tuple[str, ...] = ()
+    """Where peers of this swarm were when this one last ran; dialled at the start, without a word if nobody is there any more."""
 
 
 @dataclass(slots=True)
@@ -89,7 +91,7 @@ class SwarmPeer:
         clock, rng = outside.clock, outside.rng
         self.membership = Membership(author.peer_id, RecordBook(run, outside.verify), rng)
         self.herald = Herald(self.membership, outside.transport, author.sign, clock, rng)
-        self.dialler = Dialler(outside.transport, self.membership, settings.bootstrap, board, clock, rng, self.name_of)
+        self.dialler = Dialler(outside.transport, self.membership, settings.bootstrap, board, clock, rng, self.name_of, settings.remembered)
         self.agreement = Agreement(board)
         self.rate = RateAverage()
         self.traffic = Traffic()
