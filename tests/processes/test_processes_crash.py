@@ -18,7 +18,7 @@ def test_the_swarm_outlives_its_seed(swarm: Swarm, tmp_path: Path) -> None:
     ann, bob = swarm.join("ann", seed.address), swarm.join("bob", seed.address)
     for peer in (ann, bob):
         peer.until(lambda s: len([r for r in s.peers if r.last_delta_s is not None]) == 2 and s.wire.deltas_sent > 0, "deltas of both others")
-    seed.until(lambda s: any(seed.home.glob("checkpoints/checkpoint-*")), "checkpoint")
+    seed.until(lambda s: any(seed.home.glob("checkpoints/checkpoint-*")) and (seed.home / "neighbours").exists(), "checkpoint")
     seed.kill()
 
     before = {peer: peer.training().wire for peer in (ann, bob)}

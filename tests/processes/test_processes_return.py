@@ -39,11 +39,11 @@ def test_displacement_of_an_old_checkpoint(swarm: Swarm, tmp_path: Path, max_age
 
 
 def _kill_with_displacement(peer: PeerProcess) -> None:
-    """SIGKILL once a checkpoint holds work that was not published."""
+    """SIGKILL once a checkpoint holds work that was not published, and the home knows whom to dial again."""
 
     def has_work(_: object) -> bool:
         checkpoint, _notes = CheckpointStore(peer.home / "checkpoints", 1).latest()
-        return checkpoint is not None and bool(checkpoint.tensors["displacement"].any())
+        return checkpoint is not None and bool(checkpoint.tensors["displacement"].any()) and (peer.home / "neighbours").exists()
 
     peer.until(has_work, "checkpoint with a displacement")
     peer.kill()
