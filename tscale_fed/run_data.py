@@ -91,9 +91,12 @@ async def _fetch_all(
             progress(before + here, total)
 
         unfinished = parts / f"{file.name}.unfinished"
-        with unfinished.open("wb") as sink:
-            await transfers.fetch(
-                file.blob, sources(), max_bytes=file.size, expected_hash=bytes.fromhex(file.hash), sink=sink, progress=show
-            )
-        unfinished.rename(parts / file.name)
+        try:
+            with unfinished.open("wb") as sink:
+                await transfers.fetch(
+                    file.blob, sources(), max_bytes=file.size, expected_hash=bytes.fromhex(file.hash), sink=sink, progress=show
+                )
+            unfinished.rename(parts / file.name)
+        finally:
+            unfinished.unlink(missing_ok=True)
         done += file.size

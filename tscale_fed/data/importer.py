@@ -270,7 +270,7 @@ def _disk_errors(out_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            detail = f"The disk of {out_dir.parent} is full: free some space or choose another --out; nothing was left behind."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            detail = f"The disk of {out_dir.parent} is full ({error.strerror}): free some space or choose another folder; nothing was left behind."
             raise Refused("disk-full", detail) from error
-        raise Refused("unwritable", f"{out_dir} cannot be written ({error.strerror}): choose another --out.") from error
+        raise Refused("unwritable", f"{out_dir} cannot be written ({error.strerror}): choose another folder.") from error
