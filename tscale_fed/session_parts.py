@@ -55,7 +55,7 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     start = None
     if checkpoint is not None:
         _check_checkpoint(checkpoint, found)
-        replica.restore(checkpoint.tensors["basepoint"], AppliedSet.decode(checkpoint.blobs["applied"], replica.applied.chunks))
+        replica.restore(checkpoint.tensors["basepoint"], AppliedSet.decode(checkpoint.blobs["applied"], replica.applied.chunks, replica.applied.max_streams))
     else:
         start = found.start if found.start is not None else _start_again(ground, found)
         if start is not None:

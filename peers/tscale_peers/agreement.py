@@ -6,7 +6,7 @@ last few own pairs are kept and a pair of another peer is compared with all of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from tscale_net.ports import PeerId
 from tscale_peers.notices import NoticeBoard
@@ -20,6 +20,12 @@ class Agreement:
         self.agreeing: dict[PeerId, float] = {}
         self.differing: dict[PeerId, bytes] = {}
         self._board = board
+
+    def forget(self, is_known: Callable[[PeerId], bool]) -> None:
+        """Keep only peers that are still known."""
+        for peers in (self.agreeing, self.differing):
+            for peer in [peer for peer in peers if not is_known(peer)]:
+                del peers[peer]
 
     def compare(self, record: PeerRecord, recent: Iterable[tuple[bytes, bytes]], now: float) -> None:
         """Compare another peer's latest pair with our recent ones."""

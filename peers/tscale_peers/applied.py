@@ -59,6 +59,11 @@ class Stream:
     def is_empty(self) -> bool:
         return not self.extras and not self.contiguous.any()
 
+    def counted_batches(self, most_per_packet: int) -> int:
+        """The batches that the author states, as far as its packets of chunk 0 bear them out."""
+        packets = int(self.contiguous[0]) + sum(last - first + 1 for first, last in list(self.extras.get(0, ())))
+        return min(self.batches, packets * most_per_packet)
+
     def extras_bytes(self) -> bytes:
         """Canonical bytes of the extras, for hashing."""
         return b"".join(_numbers(chunk, first, last) for chunk in sorted(self.extras) for first, last in self.extras[chunk])
@@ -130,9 +135,13 @@ class AppliedSet:
         """Batches per stream."""
         return {key: stream.batches for key, stream in list(self.streams.items())}
 
-    def total_batches(self) -> int:
-        """Batches of the whole swarm, as far as its packets have come here. Safe from any thread."""
-        return sum(stream.batches for stream in list(self.streams.values()))
+    def total_batches(self, most_per_packet: int | None = None) -> int:
+        """Batches of the whole swarm, as far as its packets have come here. Safe from any thread.
+
+        Authors state their batches themselves; with `most_per_packet` a stream counts for at most that many times its packets of chunk 0.
+        """
+        streams = list(self.streams.values())
+        return sum(s.batches if most_per_packet is None else s.counted_batches(most_per_packet) for s in streams)
 
     def __len__(self) -> int:
         return len(self.streams)

@@ -70,15 +70,16 @@ def assemble(
     saved: Saved | None = None,
 ) -> SwarmPeer:
     """A peer around these parts. `joined`: the replica is filled already (start weights or checkpoint); otherwise it holds back until a
-    snapshot is here (joining.fetch_snapshot). `weights`: the live flat fp32 weights, any device, changed in place; set to the basepoint unless
-    `saved` comes from the same checkpoint."""
+    snapshot is here (joining.fetch_snapshot). `weights`: the live flat fp32 weights, any device, changed in place; set to the basepoint
+    unless `saved` comes from the same checkpoint."""
     terms = run.terms
     signer = Signer(author.public_key, author.sign)
     displacement, paid = saved if saved is not None else (None, None)
     exchange = Exchange(
         replica, weights, run.rule(), signer, stream, log, terms, outside.clock, displacement=displacement, paid=paid
     )
-    meeting = MeetingPoint(exchange, replica, log, run.manifest.publish_every_steps, outside.clock, lambda body: Packet.decode(body, terms))
+    every = run.manifest.publish_every_steps
+    meeting = MeetingPoint(exchange, replica, log, every, outside.clock, lambda body: Packet.decode(body, terms))
     gossip = Gossip(replica.applied_copy(), len(terms.layout.chunks), log, outside.rng)
     intake = Intake(lambda body: Packet.open(body, terms, outside.verify), gossip, log, meeting)
     peer = SwarmPeer(

@@ -159,6 +159,10 @@ class DeltaLog:
                 self.notices.append(f"the delta log has a damaged record in {place.segment.path.name}; it is fetched from others if needed")
             return body
 
+    def holds(self, key: Key) -> bool:
+        with self._lock:
+            return self._index.get(key) is not None
+
     def keys(self, stream_key: bytes, first: int = 1, last: int = limits.applied_seq_max, chunk: int | None = None) -> list[Key]:
         with self._lock:
             return self._index.keys(stream_key, first, last, chunk)

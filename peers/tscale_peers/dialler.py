@@ -1,8 +1,8 @@
 """Keeping enough links: to peers at the addresses in their records, and to the addresses that the user gave.
 
 Enters: membership, the links that stand, the time. Leaves: dials, with back-off per peer; one sentence for the first failure of each.
-Addresses remembered from an earlier start are tried once. Given (bootstrap) addresses are tried again for ever at a fixed pace, so a swarm whose seed was restarted, and two groups that started from
-one bootstrap list, find each other.
+Addresses remembered from an earlier start are tried once. Given (bootstrap) addresses are tried again for ever at a fixed pace, so a
+swarm whose seed was restarted, and two groups that started from one bootstrap list, find each other.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class DialBook:
         wait = min(limits.redial_max_s, limits.redial_first_s * 2 ** min(n - 1, 16))
         self.next_at[peer] = now + wait * (0.5 + rng.random())
         return n
+
+    def forget(self, is_known: Callable[[PeerId], bool]) -> None:
+        """Keep only peers that are still known: invented ones come and go."""
+        for peer in [peer for peer in self.next_at if not is_known(peer)]:
+            self.succeeded(peer)
 
     def succeeded(self, peer: PeerId) -> None:
         self.failures.pop(peer, None)
@@ -70,6 +75,7 @@ class Dialler:
     def tick(self, linked: set[PeerId], tasks: asyncio.TaskGroup) -> None:
         """Dial whom we lack."""
         now = self._clock.now()
+        self.book.forget(self._membership.book.__contains__)
         for record in self._membership.dial_targets(linked | self._dialling, now, self.book.may):
             self._dialling.add(record.peer)
             tasks.create_task(self._dial_peer(record.peer, record.addresses))
@@ -86,7 +92,7 @@ class Dialler:
 
     async def _dial_peer(self, peer: PeerId, addresses: Sequence[str]) -> None:
         try:
-            refusal = await self._first_success(addresses)
+            refusal = await self._first_success([address for address in addresses if address.endswith(f"/p2p/{peer}")])
             if refusal is None:
                 self.book.succeeded(peer)
             elif self.book.failed(peer, self._clock.now(), self._rng) == 1:
@@ -95,7 +101,9 @@ class Dialler:
             self._dialling.discard(peer)
 
     async def _first_success(self, addresses: Sequence[str]) -> Refused | None:
-        refusal: Refused | None = None
+        """None if one of them worked, else why the last did not. Only addresses that name the peer are tried: a record must not send its
+        readers to somebody else."""
+        refusal: Refused | None = Refused("bad-address", "its record has no address that names it")
         for address in addresses:
             try:
                 await self._transport.dial(address)

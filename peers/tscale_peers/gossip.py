@@ -1,37 +1,52 @@
 """How packets reach everybody: push to a few, have/want, anti-entropy. Pure state; the shell owns sockets, the log and the clock.
 
-Enters: link changes, frames of neighbours, packets accepted here, ticks. Leaves: actions (frames to send, packets to check, chunks to fetch).
+Enters: link changes, frames of neighbours, packets accepted here, ticks. Leaves: actions (frames to send, chunks to fetch).
 - A small publication is pushed at once to `push_fanout` neighbours; the others, and later everybody, hear HAVE and pull with WANT.
-- The receiver asks for a packet once, of one neighbour that has it; if nothing comes by a deadline it asks another (epidemic pull).
+- The receiver asks for a packet of one neighbour that has it at a time; if nothing comes by a deadline it asks another (epidemic pull).
 - Every `anti_entropy_s` two neighbours compare the digests of what they know and, if these differ, the sets; each then pulls what it lacks.
   So any packet that one live peer keeps reaches all, whatever was lost, and order never matters because the replica's sum commutes.
 - A packet that no neighbour keeps any more (all said MISSING) can only come as part of a snapshot chunk: action NeedChunks.
-Lies are bounded: lists, ranges, and the offers remembered per neighbour have limits, and a peer that offers what it does not deliver is
-simply asked less: its offer is forgotten.
+Lies are bounded: what one neighbour may name, offer, ask for, and have compared per second has limits of its own (neighbour.py, wants.py),
+and a peer that offers what it does not deliver is asked less.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
+from tscale_net.errors import Refused
 from tscale_net.ports import Channel, PeerId, Rng
 from tscale_peers import limits
 from tscale_peers.applied import AppliedSet
-from tscale_peers.messages import HAVE, MISSING, PACKET, SUMMARY, WANT, Ranges, Summary, decode_ranges, decode_summary
-
-Key = tuple[bytes, int, int]
-"""(stream key, seq, chunk) of one packet."""
+from tscale_peers.messages import (
+    HAVE,
+    MISSING,
+    PACKET,
+    SET_PART,
+    SUMMARY,
+    WANT,
+    Ranges,
+    Summary,
+    decode_ranges,
+    decode_set_part,
+    decode_summary,
+)
+from tscale_peers.neighbour import Neighbour
+from tscale_peers.packet import Key
+from tscale_peers.set_parts import between, part_from
+from tscale_peers.wants import WantList
 
 
 class PacketStore(Protocol):
     """The delta log, as far as gossip needs it."""
 
     def get(self, key: Key) -> bytes | None: ...
+
+    def holds(self, key: Key) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,184 +68,195 @@ class NeedChunks:
 Action = Send | NeedChunks
 
 
-@dataclass(slots=True)
-class Neighbour:
-    """What is going on with one linked peer."""
-
-    announced: OrderedDict[Key, None] = field(default_factory=OrderedDict)
-    """Keys it has or was sent (bounded, oldest forgotten): it need not be told again."""
-    confirmed: OrderedDict[Key, None] = field(default_factory=OrderedDict)
-    """Keys that it said it has (bounded): a receipt, while what was only sent may be lost with the link."""
-    to_tell: list[Key] = field(default_factory=list)
-    to_send: OrderedDict[Key, None] = field(default_factory=OrderedDict)
-    """Keys it asked for."""
-    asked: int = 0
-    """Packets asked of it and not yet here."""
-
-    def has(self, key: Key) -> None:
-        _remember(self.announced, key)
-
-    def says_it_has(self, key: Key) -> None:
-        _remember(self.announced, key)
-        _remember(self.confirmed, key)
-
-
-def _remember(keys: OrderedDict[Key, None], key: Key) -> None:
-    keys[key] = None
-    if len(keys) > limits.neighbour_keys:
-        keys.popitem(last=False)
-
-
-@dataclass(slots=True)
-class Wanted:
-    """A packet that is lacking: who offers it, and of whom it was asked until when."""
-
-    offers: list[PeerId] = field(default_factory=list)
-    asked_of: PeerId | None = None
-    deadline: float = 0.0
-    refused_by: set[PeerId] = field(default_factory=set)
-
-
 class Gossip:
     """The gossip state of one peer. `known` holds every packet checked here (applied or waiting) and everything a snapshot contained."""
 
     def __init__(self, known: AppliedSet, chunks: int, store: PacketStore, rng: Rng) -> None:
         self.known = known
         self.hold = False
-        """While a snapshot is being fetched nothing is pulled: its contents are not known yet."""
+        """While a snapshot is being fetched nothing is pulled or compared: its contents are not known yet. `resume` ends it."""
         self.compared = False
         """Some neighbour's set was compared with ours: what it knows is either here or on its way."""
+        self.pull_after = 0.0
+        """Nothing is asked for before this time (the log cannot be written)."""
+        self.unheld: dict[Key, None] = {}
+        """Own packets that no neighbour is known to hold yet (bounded)."""
         self._chunks = chunks
         self._store = store
         self._rng = rng
         self._neighbours: dict[PeerId, Neighbour] = {}
-        self._wanted: OrderedDict[Key, Wanted] = OrderedDict()
+        self._wants = WantList()
         self._compare_at = 0.0
-        self._ask_summary: list[PeerId] = []
+        self._ask_summary: dict[PeerId, None] = {}
+        self._more_at: dict[PeerId, None] = {}
+        """Neighbours whose sets lacked more than one comparison takes up."""
 
-    # -- links -------------------------------------------------------------------------------------------------------
+    # -- links and start ---------------------------------------------------------------------------------------------
 
     def link_up(self, peer: PeerId) -> None:
         self._neighbours[peer] = Neighbour()
-        self._ask_summary.append(peer)
+        self._wants.link_up(peer)
+        self._ask_summary[peer] = None
 
     def link_down(self, peer: PeerId) -> None:
         self._neighbours.pop(peer, None)
-        for wanted in self._wanted.values():
-            if peer in wanted.offers:
-                wanted.offers.remove(peer)
-            if wanted.asked_of == peer:
-                wanted.asked_of = None
+        self._wants.link_down(peer)
+        self._ask_summary.pop(peer, None)
+        self._more_at.pop(peer, None)
+
+    def resume(self) -> None:
+        """The snapshot is here: compare with everybody, and pull."""
+        self.hold = False
+        self._ask_summary = dict.fromkeys(self._neighbours)
+
+    def now_known(self, known: AppliedSet) -> None:
+        """Snapshot chunks were loaded: this is what is known now."""
+        self.known = known
+        self._wants.forget(lambda key: known.contains(*key))
 
     # -- packets accepted here ---------------------------------------------------------------------------------------
 
     def accepted(self, keys: Iterable[Key], source: PeerId | None) -> None:
         """These packets were checked and logged here: tell the neighbours. The source is told too, which is the author's receipt."""
         for key in keys:
-            self._arrived(key)
+            self._wants.arrived(key, source)
             for peer, neighbour in self._neighbours.items():
                 if peer == source:
                     neighbour.has(key)
-                    neighbour.to_tell.append(key)
+                    neighbour.tell(key)
                 elif key not in neighbour.announced:
-                    neighbour.to_tell.append(key)
+                    neighbour.tell(key)
+
+    def published(self, packets: list[tuple[Key, bytes]]) -> list[Action]:
+        """Own new packets: to a few neighbours at once if that is small, announced to the others. Watched until a neighbour holds them."""
+        keys = [key for key, _ in packets]
+        for key in keys[: limits.unheld_keys - len(self.unheld)]:
+            self.unheld[key] = None
+        actions: list[Action] = []
+        if sum(len(body) for _, body in packets) <= limits.push_max_bytes and len(packets) <= limits.packets_in_flight:
+            for peer in self._rng.sample(sorted(self._neighbours), min(limits.push_fanout, len(self._neighbours))):
+                for key, body in packets:
+                    self._neighbours[peer].has(key)
+                    actions.append(Send(peer, PACKET, body, Channel.BULK))
+        self.accepted(keys, None)
+        return actions
 
     def heard_again(self, key: Key, source: PeerId) -> None:
         """A neighbour sent what is known here already."""
-        self._arrived(key)
-        if source in self._neighbours:
-            self._neighbours[source].has(key)
+        self._wants.arrived(key, source)
+        self._holds(key, source)
 
-    def push(self, packets: list[tuple[Key, bytes]]) -> list[Action]:
-        """Own new packets: to a few neighbours at once if small, else announced like any other."""
-        if sum(len(body) for _, body in packets) > limits.push_max_bytes:
-            return []
-        chosen = self._rng.sample(sorted(self._neighbours), min(limits.push_fanout, len(self._neighbours)))
-        for peer in chosen:
-            for key, _ in packets:
-                self._neighbours[peer].has(key)
-        return [Send(peer, PACKET, body, Channel.BULK) for peer in chosen for _, body in packets]
+    def no_good(self, key: Key, source: PeerId, blame: bool = True) -> None:
+        """What came for this key was refused: do not ask that peer for it again."""
+        self._wants.no_good(key, source, blame)
 
-    def refused(self, key: Key, source: PeerId) -> None:
-        """What came for this key was no good: do not ask that peer for it again."""
-        wanted = self._wanted.get(key)
-        if wanted is not None:
-            self._unask(wanted)
-            wanted.refused_by.add(source)
-            if source in wanted.offers:
-                wanted.offers.remove(source)
+    def has_listeners(self) -> bool:
+        """Does any neighbour take part in gossip? A newcomer does not until it has its snapshot."""
+        return any(neighbour.takes_part for neighbour in self._neighbours.values())
 
-    def _arrived(self, key: Key) -> None:
-        wanted = self._wanted.pop(key, None)
-        if wanted is not None:
-            self._unask(wanted)
-
-    def _unask(self, wanted: Wanted) -> None:
-        neighbour = self._neighbours.get(wanted.asked_of) if wanted.asked_of else None
+    def _holds(self, key: Key, peer: PeerId) -> None:
+        """A neighbour has shown or said that it holds this packet."""
+        self.unheld.pop(key, None)
+        neighbour = self._neighbours.get(peer)
         if neighbour is not None:
-            neighbour.asked = max(0, neighbour.asked - 1)
-        wanted.asked_of = None
+            neighbour.has(key)
+            neighbour.to_send.pop(key, None)
 
     # -- frames of neighbours ----------------------------------------------------------------------------------------
 
     def on_frame(self, peer: PeerId, kind: int, body: bytes, now: float) -> list[Action]:
-        """HAVE, WANT, MISSING or SUMMARY of a linked peer. Raises Refused for a malformed one."""
+        """HAVE, WANT, MISSING, SUMMARY or SET_PART of a linked peer. Raises Refused for a malformed one, or for too many ("flood")."""
         neighbour = self._neighbours.get(peer)
         if neighbour is None:
             return []
+        neighbour.takes_part = True
         if kind == SUMMARY:
-            return self._on_summary(peer, neighbour, decode_summary(body), now)
-        keys = decode_ranges(body, self._chunks)
-        if kind == HAVE:
-            for key in keys:
-                neighbour.says_it_has(key)
-                self._offer(key, peer)
-        elif kind == WANT:
-            for key in keys:
-                if len(neighbour.to_send) < limits.neighbour_keys:
-                    neighbour.to_send[key] = None
-        elif kind == MISSING:
-            for key in keys:
-                self.refused(key, peer)
+            summary = decode_summary(body)
+            if summary.digest == self.known.digest():
+                return self._equal()
+            if not summary.applied:
+                return self._tell_set(peer, neighbour, now)
+            return self._compare(peer, neighbour, (b"", b"", summary.applied, summary.reply), now)
+        if kind == SET_PART:
+            part = decode_set_part(body)
+            return self._compare(peer, neighbour, (part.first, part.end, part.applied, part.reply), now)
+        self._on_keys(peer, neighbour, kind, decode_ranges(body, self._chunks), now)
         return []
 
-    def _offer(self, key: Key, peer: PeerId) -> None:
-        if self.known.contains(*key):
-            return
-        wanted = self._wanted.get(key)
-        if wanted is None:
-            if len(self._wanted) >= limits.wanted_keys:
-                return
-            wanted = self._wanted[key] = Wanted()
-        if peer not in wanted.offers:
-            wanted.offers.append(peer)
-            wanted.refused_by.discard(peer)
+    def _on_keys(self, peer: PeerId, neighbour: Neighbour, kind: int, keys: list[Key], now: float) -> None:
+        if not neighbour.keys.take(len(keys), now):
+            raise Refused("flood", "more packets are named than there can be")
+        for key in keys:
+            if kind == HAVE:
+                self._holds(key, peer)
+                if not self.known.contains(*key):
+                    self._wants.offer(key, peer)
+            elif kind == WANT:
+                neighbour.ask(key)
+            else:
+                self._wants.denies(key, peer)
 
-    def _on_summary(self, peer: PeerId, neighbour: Neighbour, summary: Summary, now: float) -> list[Action]:
-        if summary.digest == self.known.digest():
-            self.compared = True
-            return []
-        if not summary.applied:
-            return [Send(peer, SUMMARY, self._summary(full=True), Channel.BULK)]
+    # -- comparing ---------------------------------------------------------------------------------------------------
+
+    def _equal(self) -> list[Action]:
         self.compared = True
-        theirs = AppliedSet.decode(summary.applied, self._chunks, limits.streams_max)
-        for key in _keys(self.known.missing_from(theirs), limits.anti_entropy_keys):
-            self._offer(key, peer)
-        for key in _keys(theirs.missing_from(self.known), limits.anti_entropy_keys):
-            if self._store.get(key) is not None:
-                neighbour.to_tell.append(key)
-        return [] if summary.reply else [Send(peer, SUMMARY, self._summary(full=True, reply=True), Channel.BULK)]
+        self.unheld.clear()
+        return []
 
-    def _summary(self, full: bool, reply: bool = False) -> bytes:
-        return msgspec.msgpack.encode(Summary(self.known.digest(), self.known.encode() if full else b"", reply))
+    def _compare(self, peer: PeerId, neighbour: Neighbour, told: tuple[bytes, bytes, bytes, bool], now: float) -> list[Action]:
+        """Take up what a neighbour's set, or a part of it, has and lacks; answer with ours unless it was an answer."""
+        first, end, encoded, reply = told
+        if self.hold:
+            return []
+        if not neighbour.sets_heard.take(1, now):
+            raise Refused("flood", "sets of packets are told more often than they can change")
+        theirs = between(AppliedSet.decode(encoded, self._chunks, self.known.max_streams), first, end)
+        ours = between(self.known, first, end)
+        lacking = list(_keys(ours.missing_from(theirs), limits.anti_entropy_keys))
+        taken = [self._wants.offer(key, peer) for key in lacking]
+        for key in _keys(theirs.missing_from(ours), limits.anti_entropy_keys):
+            if self._store.holds(key):
+                neighbour.tell(key)
+        for key in [key for key in self.unheld if theirs.contains(*key)]:
+            self._holds(key, peer)
+        if len(lacking) == limits.anti_entropy_keys or not all(taken):
+            self._more_at[peer] = None
+        else:
+            self.compared = True
+        return [] if reply else self._tell_set(peer, neighbour, now, reply=True)
+
+    def _tell_set(self, peer: PeerId, neighbour: Neighbour, now: float, reply: bool = False) -> list[Action]:
+        """Our set, or the next part of it if it is too large for one message."""
+        if self.hold or not neighbour.sets_told.take(1, now):
+            return []
+        part = part_from(self.known, neighbour.set_from, limits.set_bytes_max)
+        neighbour.set_from = part.end
+        if not part.first and not part.end:
+            return [Send(peer, SUMMARY, _encode(Summary(self.known.digest(), part.applied, reply)), Channel.BULK)]
+        return [Send(peer, SET_PART, _encode(msgspec.structs.replace(part, reply=reply)), Channel.BULK)]
+
+    def _due_comparisons(self, now: float) -> list[PeerId]:
+        if self.hold:
+            return []
+        due, self._ask_summary = self._ask_summary, {}
+        if self._more_at and len(self._wants) < limits.anti_entropy_keys // 2:
+            due |= self._more_at
+            self._more_at = {}
+        if now >= self._compare_at:
+            self._compare_at = now + limits.anti_entropy_s * (0.5 + self._rng.random())
+            if self._neighbours:
+                due[self._rng.choice(sorted(self._neighbours))] = None
+        return list(due)
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Action]:
         """A few times a second: announcements (gathered, so that many packets share one message) and a comparison that is due."""
-        actions: list[Action] = [Send(peer, SUMMARY, self._summary(full=False)) for peer in self._due_comparisons(now)]
+        digest_only = _encode(Summary(self.known.digest(), b""))
+        actions: list[Action] = [Send(peer, SUMMARY, digest_only) for peer in self._due_comparisons(now)]
         for peer, neighbour in self._neighbours.items():
-            actions += self._announcements(peer, neighbour)
+            if neighbour.to_tell:
+                actions += [Send(peer, HAVE, body) for body in Ranges.bodies(neighbour.next_told())]
         return actions
 
     def flush(self, now: float, pending_bytes: Callable[[PeerId], int]) -> list[Action]:
@@ -241,50 +267,10 @@ class Gossip:
                 actions += self._deliveries(peer, neighbour, pending_bytes(peer))
         return actions
 
-    def _due_comparisons(self, now: float) -> list[PeerId]:
-        due = [peer for peer in self._ask_summary if peer in self._neighbours]
-        self._ask_summary.clear()
-        if now >= self._compare_at:
-            self._compare_at = now + limits.anti_entropy_s * (0.5 + self._rng.random())
-            if self._neighbours:
-                due.append(self._rng.choice(sorted(self._neighbours)))
-        return due
-
-    def _announcements(self, peer: PeerId, neighbour: Neighbour) -> list[Action]:
-        if not neighbour.to_tell:
-            return []
-        told, neighbour.to_tell = neighbour.to_tell[: limits.ranges_per_message], neighbour.to_tell[limits.ranges_per_message :]
-        return [Send(peer, HAVE, Ranges.of(told).encode())]
-
     def _requests(self, now: float) -> list[Action]:
-        if self.hold:
+        if self.hold or now < self.pull_after:
             return []
-        ask: dict[PeerId, list[Key]] = {}
-        for key, wanted in list(self._wanted.items()):
-            if wanted.asked_of is not None:
-                if now < wanted.deadline:
-                    continue
-                slow = wanted.asked_of
-                self._unask(wanted)
-                if slow in wanted.offers:  # to the back: ask the others first
-                    wanted.offers.remove(slow)
-            peer = next((p for p in wanted.offers if self._can_ask(p)), None)
-            if peer is None:
-                if not wanted.offers and not wanted.refused_by:
-                    del self._wanted[key]  # offered again if anybody has it
-                continue
-            wanted.asked_of, wanted.deadline = peer, now + limits.want_timeout_s
-            self._neighbours[peer].asked += 1
-            ask.setdefault(peer, []).append(key)
-        return [
-            Send(peer, WANT, Ranges.of(keys[i : i + limits.ranges_per_message]).encode())
-            for peer, keys in ask.items()
-            for i in range(0, len(keys), limits.ranges_per_message)
-        ]
-
-    def _can_ask(self, peer: PeerId) -> bool:
-        neighbour = self._neighbours.get(peer)
-        return neighbour is not None and neighbour.asked < limits.packets_in_flight
+        return [Send(peer, WANT, body) for peer, keys in self._wants.asks(now).items() for body in Ranges.bodies(keys)]
 
     def _deliveries(self, peer: PeerId, neighbour: Neighbour, pending: int) -> list[Action]:
         actions: list[Action] = []
@@ -298,29 +284,24 @@ class Gossip:
             pending += len(body)
             neighbour.has(key)
             actions.append(Send(peer, PACKET, body, Channel.BULK))
-        if gone:
-            actions.append(Send(peer, MISSING, Ranges.of(gone).encode()))
-        return actions
+        return actions + [Send(peer, MISSING, body) for body in Ranges.bodies(gone)]
 
     def unobtainable(self) -> NeedChunks | None:
-        """Chunks with packets that every neighbour which had them has thrown away; forgets them (ask again if the fetch fails)."""
-        keys = [k for k, w in self._wanted.items() if not w.offers and w.refused_by and w.asked_of is None]
+        """Chunks with packets that every neighbour which had them has thrown away; those are forgotten, and offered again if need be."""
+        keys, peers = self._wants.unobtainable()
         if not keys:
             return None
-        sources = {peer for key in keys for peer in self._wanted[key].refused_by if peer in self._neighbours}
-        for key in keys:
-            del self._wanted[key]
-        return NeedChunks(tuple(sorted({chunk for _, _, chunk in keys})), tuple(sorted(sources)))
+        return NeedChunks(tuple(sorted({chunk for _, _, chunk in keys})), tuple(sorted(peers)))
 
     # -- for people --------------------------------------------------------------------------------------------------
 
-    def holders(self, key: Key) -> int:
-        """How many neighbours have said that they hold this packet."""
-        return sum(key in n.confirmed for n in self._neighbours.values())
-
     def backlog(self) -> int:
         """Packets known to exist that are not here yet."""
-        return len(self._wanted)
+        return len(self._wants)
+
+
+def _encode(message: msgspec.Struct) -> bytes:
+    return msgspec.msgpack.encode(message)
 
 
 def _keys(ranges: Iterable[tuple[bytes, int, int, int]], most: int) -> Iterable[Key]:
@@ -332,4 +313,3 @@ def _keys(ranges: Iterable[tuple[bytes, int, int, int]], most: int) -> Iterable[
                 return
             left -= 1
             yield (stream, seq, chunk)
-

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import msgspec
 
 from tscale_net.ports import Clock, PeerId, Rng, Transport
+from tscale_peers import limits
 from tscale_peers.membership import Membership
 from tscale_peers.messages import RECORDS, Records
 from tscale_peers.records import PeerRecord, Sign, seal
@@ -27,6 +28,14 @@ class Herald:
         self._clock = clock
         self._rng = rng
         self._renew_at = 0.0
+        self._outdone = False
+
+    def outdone_by(self, record: PeerRecord) -> bool:
+        """A record of this very peer with a later start was heard: its clock was set back since, or its identity runs elsewhere as well.
+        The next renewal goes beyond it, else nobody would listen. True the first time."""
+        self.incarnation, self.seq = min(record.incarnation + 1, limits.count_max), 0
+        first, self._outdone = not self._outdone, True
+        return first
 
     def due(self) -> bool:
         return self._clock.now() >= self._renew_at

@@ -1,12 +1,15 @@
 """Packets coming in: queue, check, log, announce, apply; each exactly once.
 
-Enters: bytes of neighbours. Leaves: checked packets in the log and on the meeting's list. A queue bounds what waits for its signature check.
+Enters: bytes of neighbours. Leaves: checked packets in the log and on the meeting's list.
+What waits for its signature check is bounded per neighbour, and neighbours take turns: a flood from one delays the others by one check.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from contextlib import suppress
 
 from tscale_net.errors import Refused
 from tscale_net.ports import PeerId
@@ -26,24 +29,45 @@ class Intake:
         self._gossip = gossip
         self._log = log
         self._meeting = meeting
-        self._queue: asyncio.Queue[tuple[PeerId, bytes]] = asyncio.Queue(limits.verify_queue_packets)
+        self._queues: OrderedDict[PeerId, deque[bytes]] = OrderedDict()
+        self._some = asyncio.Event()
 
     def put(self, source: PeerId, body: bytes) -> None:
-        """Raises Refused("flood") if more waits than anybody was asked for."""
-        try:
-            self._queue.put_nowait((source, body))
-        except asyncio.QueueFull:
-            raise Refused("flood", "more packets than were asked for") from None
+        """Raises Refused("flood") if more of this neighbour's waits than it was asked for."""
+        queue = self._queues.setdefault(source, deque())
+        if len(queue) >= limits.verify_queue_packets:
+            raise Refused("flood", "more packets than were asked for")
+        queue.append(body)
+        self._some.set()
 
     async def next(self) -> tuple[PeerId, bytes]:
-        return await self._queue.get()
+        """The next packet to check: one of each neighbour in turn."""
+        await self._some.wait()
+        source, queue = self._queues.popitem(last=False)
+        body = queue.popleft()
+        if queue:
+            self._queues[source] = queue
+        if not self._queues:
+            self._some.clear()
+        return source, body
+
+    def is_known(self, body: bytes, source: PeerId) -> bool:
+        """Is this the very packet that the log has? Then its signature was checked before, and its sender holds it."""
+        key = Packet.peek_key(body)
+        if key is None or not self._gossip.known.contains(*key) or self._log.get(key) != body:
+            return False
+        self._gossip.heard_again(key, source)
+        return True
 
     def accept(self, packet: Packet, body: bytes, source: PeerId) -> bool:
-        """Take up a checked packet; False if it is known. Raises Refused("equivocation") for a second content under one number."""
+        """Take up a checked packet; False if it is known.
+
+        Raises Refused, before anything has changed: "equivocation" for a second content under one number, "too-many-streams",
+        "too-many-gaps", and "log-write", which is nobody's fault but ours: the packet is asked for again later.
+        """
         key = packet.key
-        if self._gossip.known.contains(*key):
-            stored = self._log.get(key)
-            if stored is not None and stored != body:
+        if not self._gossip.known.can_add(*key):
+            if self._log.holds(key) and self._log.get(key) != body:
                 raise Refused("equivocation", "an author signed two different packets with one number; the first one counts")
             self._gossip.heard_again(key, source)
             return False
@@ -53,15 +77,19 @@ class Intake:
         self._meeting.offer(key, body)
         return True
 
-    def reject(self, body: bytes, source: PeerId) -> None:
-        """A bad packet may have been the answer to a request: ask somebody else."""
+    def reject(self, body: bytes, source: PeerId, blame: bool = True) -> None:
+        """A bad packet may have been the answer to a request: ask somebody else; and if the sender is to blame, ask less of it."""
         key = Packet.peek_key(body)
         if key is not None:
-            self._gossip.refused(key, source)
+            self._gossip.no_good(key, source, blame)
 
     def recount(self, replica: Replica) -> list[Key]:
         """Set `known` to the replica's applied set plus the log; returns the logged keys that the replica lacks."""
         known = replica.applied_copy()
-        lacking = [key for key in self._log.all_keys() if known.add(*key)]
-        self._gossip.known = known
+        lacking = []
+        for key in self._log.all_keys():
+            with suppress(Refused):  # more streams or gaps than the run allows: as good as not known
+                if known.add(*key):
+                    lacking.append(key)
+        self._gossip.now_known(known)
         return lacking

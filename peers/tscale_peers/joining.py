@@ -33,7 +33,7 @@ class Learned:
 
 @asynccontextmanager
 async def pumping(outside: Outside) -> AsyncIterator[dict[PeerId, bytes]]:
-    """Before there is a SwarmPeer: feed transfers, and remember which run each peer states (the value). Anything else comes again by gossip."""
+    """Before there is a SwarmPeer: feed transfers, and remember which run each peer states (the value). All else comes again by gossip."""
     runs: dict[PeerId, bytes] = {}
     pump = asyncio.create_task(_pump(outside, runs))
     try:
@@ -70,8 +70,12 @@ async def _pump(outside: Outside, runs: dict[PeerId, bytes]) -> None:
 
 async def _ask(outside: Outside, address: str, runs: dict[PeerId, bytes]) -> Learned:
     peer = await outside.transport.dial(address)
-    while peer not in runs:  # LinkUp is already queued when dial returns
+    for _ in range(limits.link_event_turns):  # LinkUp is queued already when dial returns, unless the link is gone again
+        if peer in runs:
+            break
         await outside.clock.sleep(0)
+    else:
+        raise Refused("no-answer", "the link was lost as soon as it stood; try again")
     run = runs[peer]
     if not run:
         raise Refused("no-run", "it has not joined a run itself yet; try again shortly or give another address")
@@ -85,47 +89,96 @@ Progress = Callable[[int, int, int], None]
 """(chunks here, chunks in all, bytes received so far)."""
 
 
-async def fetch_snapshot(peer: SwarmPeer, manifest: RunManifest, progress: Progress = lambda here, total, received: None) -> None:
+async def fetch_snapshot(
+    peer: SwarmPeer, manifest: RunManifest, progress: Progress = lambda here, total, received: None
+) -> None:
     """Fill the whole replica from the linked peers. Raises Refused if no linked peer can give a chunk."""
-    chunks = range(len(manifest.layout().chunks))
-    await fetch_chunks(peer, manifest, list(chunks), progress)
-    peer.gossip.hold = False
+    await ChunkFetch(peer, manifest, progress).run(range(len(manifest.layout().chunks)))
+    peer.gossip.resume()
 
 
-async def fetch_chunks(
-    peer: SwarmPeer,
-    manifest: RunManifest,
-    chunks: Sequence[int],
-    progress: Progress = lambda here, total, received: None,
-    only_if_ahead: bool = False,
-    donors: Sequence[PeerId] = (),
-) -> int:
-    """Fetch these chunks, several at a time and from several donors (default: all linked peers), and load each as it comes; returns how many
-    were loaded."""
-    layout = manifest.layout()
-    left = list(reversed(chunks))
-    received = here = loaded = 0
+class ChunkFetch:
+    """Fetches chunks, several at a time and from several donors (default: all linked peers), and loads each as it comes."""
 
-    async def worker() -> None:
-        nonlocal received, here, loaded
-        while left:
-            index = left.pop()
-            data = await _fetch_one(peer, index, donors, chunk_blob_max_bytes(layout.chunks[index].size, manifest))
-            if not only_if_ahead or _is_ahead(peer, index, data):
-                await peer.off_loop(lambda: peer.meeting.load_chunks({index: data}))
-                loaded += 1
-            received += len(data)
-            here += 1
-            progress(here, len(chunks), received)
+    def __init__(
+        self,
+        peer: SwarmPeer,
+        manifest: RunManifest,
+        progress: Progress = lambda here, total, received: None,
+        *,
+        only_if_ahead: bool = False,
+        donors: Sequence[PeerId] = (),
+    ) -> None:
+        self.loaded: list[int] = []
+        """Chunks that were replaced."""
+        self.dropped: list[int] = []
+        """Those of them whose private work could not be kept (Exchange.load_chunks)."""
+        self._peer = peer
+        self._manifest = manifest
+        self._chunks = manifest.layout().chunks
+        self._progress = progress
+        self._only_if_ahead = only_if_ahead
+        self._donors = donors
+        self._unfit: set[PeerId] = set()
+        """Donors that gave a chunk which could not be loaded: they are asked last."""
+        self._received = 0
+        self._here = 0
 
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(limits.chunk_fetches, len(left))):
-                tasks.create_task(worker())
-    except* Refused as group:
-        raise group.exceptions[0] from None
-    peer.recount_known()
-    return loaded
+    async def run(self, chunks: Sequence[int]) -> None:
+        """Raises Refused for a chunk that nobody could give; what came before it is loaded."""
+        left = list(reversed(chunks))
+
+        async def worker() -> None:
+            while left:
+                self._received += await self._fetch(left.pop())
+                self._here += 1
+                self._progress(self._here, len(chunks), self._received)
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(min(limits.chunk_fetches, len(left))):
+                    tasks.create_task(worker())
+        except* Refused as group:
+            raise group.exceptions[0] from None
+        finally:
+            self._peer.recount_known()
+
+    async def _fetch(self, index: int) -> int:
+        """One chunk, from one donor after the other until it could be loaded; returns its bytes. Each chunk begins with another donor, so
+        that the load spreads. Links may come up meanwhile."""
+        failure = "no peer is linked"
+        for attempt in range(limits.chunk_retries):
+            for donor in self._in_turn(index + attempt):
+                try:
+                    return await self._fetch_from(donor, index)
+                except Refused as refusal:
+                    failure = refusal.detail
+            await self._peer.outside.clock.sleep(limits.chunk_retry_s * (attempt + 1))
+        raise Refused(
+            "no-snapshot", f"chunk {index} of the snapshot could not be fetched: {failure}; check the link or give another --bootstrap"
+        )
+
+    def _in_turn(self, turn: int) -> list[PeerId]:
+        linked = sorted(self._peer.linked.intersection(self._donors) if self._donors else self._peer.linked)
+        turn %= max(1, len(linked))
+        return sorted(linked[turn:] + linked[:turn], key=self._unfit.__contains__)
+
+    async def _fetch_from(self, donor: PeerId, index: int) -> int:
+        most = chunk_blob_max_bytes(self._chunks[index].size, self._manifest)
+        data = await self._peer.outside.transfers.fetch(f"{CHUNK_PREFIX}{index}", [donor], max_bytes=most)
+        try:
+            await self._peer.off_loop(lambda: self._load(index, data))
+        except Refused as refusal:
+            self._unfit.add(donor)
+            self._peer.board.refuse(refusal, self._peer.name_of(donor))
+            raise
+        return len(data)
+
+    def _load(self, index: int, data: bytes) -> None:
+        if self._only_if_ahead and not _is_ahead(self._peer, index, data):
+            return
+        self.dropped += self._peer.meeting.load_chunks({index: data})
+        self.loaded.append(index)
 
 
 def chunk_blob_max_bytes(size: int, manifest: RunManifest) -> int:
@@ -133,38 +186,34 @@ def chunk_blob_max_bytes(size: int, manifest: RunManifest) -> int:
     return size * 4 + manifest.limits.max_streams * limits.chunk_entry_max_bytes + limits.chunk_header_max_bytes
 
 
-async def _fetch_one(peer: SwarmPeer, index: int, chosen: Sequence[PeerId], max_bytes: int) -> bytes:
-    """One chunk from the donors in a rotated order, so that the load spreads; links may come up meanwhile."""
-    for attempt in range(limits.chunk_retries):
-        donors = sorted(peer.linked.intersection(chosen) if chosen else peer.linked)
-        if donors:
-            turn = (index + attempt) % len(donors)
-            try:
-                return await peer.outside.transfers.fetch(f"{CHUNK_PREFIX}{index}", donors[turn:] + donors[:turn], max_bytes=max_bytes)
-            except Refused as refusal:
-                failure = refusal.detail
-        else:
-            failure = "no peer is linked"
-        await peer.outside.clock.sleep(limits.chunk_retry_s * (attempt + 1))
-    raise Refused("no-snapshot", f"chunk {index} of the snapshot could not be fetched: {failure}; check the link or give another --bootstrap")
-
-
 def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.TaskGroup) -> None:
-    """From now on, packets that nobody keeps any more are replaced by fetching their chunks (a peer that was away for long)."""
-    resting: dict[int, float] = {}
+    """From now on, packets that nobody keeps any more are replaced by fetching their chunks (a peer that was away for long).
+
+    A chunk rests after it was fetched, for twice as long each time that this brought nothing: some neighbour may speak of packets that it
+    never had.
+    """
+    rests: dict[int, tuple[float, float]] = {}
+    """chunk -> (when it may be fetched again, how long it rested last)."""
 
     async def reload(chunks: Sequence[int], donors: Sequence[PeerId]) -> None:
+        fetch = ChunkFetch(peer, manifest, only_if_ahead=True, donors=donors)
         try:
-            loaded = await fetch_chunks(peer, manifest, chunks, only_if_ahead=True, donors=donors)
-            if loaded:
-                peer.board.tell("catch-up", f"{loaded} chunks of the basepoint came as a snapshot: their deltas are no longer kept by anybody")
+            await fetch.run(chunks)
         except Refused as refusal:
             peer.board.refuse(refusal, "the swarm")
+        for index in fetch.loaded:
+            rests[index] = (rests[index][0], limits.chunk_reload_pause_s / 2)
+        if fetch.loaded:
+            kept = f"; private work in {len(fetch.dropped)} of them is given up" if fetch.dropped else ""
+            text = f"{len(fetch.loaded)} chunks of the basepoint came as a snapshot: their deltas are no longer kept by anybody{kept}"
+            peer.board.tell("catch-up", text)
 
     def start(need: NeedChunks) -> None:
         now = peer.outside.clock.now()
-        fresh = [c for c in need.chunks if resting.get(c, 0.0) <= now]
-        resting.update({c: now + limits.chunk_reload_pause_s for c in fresh})
+        fresh = [chunk for chunk in need.chunks if rests.get(chunk, (now, 0.0))[0] <= now]
+        for chunk in fresh:
+            rest = min(limits.chunk_reload_pause_max_s, 2 * rests.get(chunk, (0.0, limits.chunk_reload_pause_s / 2))[1])
+            rests[chunk] = (now + rest, rest)
         if fresh:
             tasks.create_task(reload(fresh, need.sources))
 
@@ -172,8 +221,8 @@ def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.Ta
 
 
 def _is_ahead(peer: SwarmPeer, index: int, data: bytes) -> bool:
-    """Does the donor's chunk contain more packets than ours? Of two halves that were apart for longer than the logs reach, the one with fewer
-    packets takes over the other's chunks (both doing so would only swap them); what it alone had beyond its log is lost."""
+    """Does the donor's chunk contain more packets than ours? Of two halves that were apart for longer than the logs reach, the one with
+    fewer packets takes over the other's chunks (both doing so would only swap them); what it alone had beyond its log is lost."""
     replica = peer.meeting.replica
     size = replica.layout.chunks[index].size
     _, theirs = snapshot_chunk.decode(data, index, size, replica.basepoint.dtype, replica.applied.max_streams)

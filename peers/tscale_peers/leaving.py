@@ -26,25 +26,29 @@ async def hand_over(peer: SwarmPeer, progress: Callable[[str], None]) -> bool:
 
 
 async def _publish_rest(peer: SwarmPeer, progress: Callable[[str], None]) -> None:
-    start = peer.meeting.displacement_norm()
+    start = await peer.off_loop(peer.meeting.displacement_norm)
     if start == 0:
         return
     phi = peer.share()
     for n in range(limits.leave_max_publications):
         part = min(1.0, phi * 2**n)
-        await peer.off_loop(lambda p=part: peer.meeting.publish_now(p))  # type: ignore[misc]
+        met = await peer.off_loop(lambda p=part: peer.meeting.publish_now(p))  # type: ignore[misc]
+        if met.withheld is not None:
+            progress(f"the rest of my work stays here: {met.withheld.detail}")
+            return
         await peer.outside.clock.sleep(0)
-        left = peer.meeting.displacement_norm() / start
+        left = await peer.off_loop(peer.meeting.displacement_norm) / start
         if left < limits.leave_displacement_fraction:
             break
     progress(f"{1 - left:.0%} of my unpublished work was published in {n + 1} deltas")
 
 
 async def _held(peer: SwarmPeer) -> bool:
+    """Wait for receipts as long as they keep coming: a slow uplink is no reason to give up."""
     clock = peer.outside.clock
-    until = clock.now() + limits.leave_handover_s
-    while peer.linked and clock.now() < until:
-        if not peer.unheld():
-            return True
+    least, since = peer.unheld(), clock.now()
+    while peer.linked and peer.unheld() and clock.now() - since < limits.leave_handover_s:
         await clock.sleep(limits.tick_s)
+        if peer.unheld() < least:
+            least, since = peer.unheld(), clock.now()
     return not peer.unheld()

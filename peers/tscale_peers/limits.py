@@ -58,6 +58,13 @@ record_book_peers = 256
 """Full member lists are affordable up to here (about 350 B each)."""
 records_per_message = 32
 """About 11 KiB on the control connection."""
+records_bytes_max = 48 << 10
+"""Records in one message: a control body may have 64 KiB, and a record of 8 long addresses has 2.4."""
+records_per_s, records_burst = 100.0, 600.0
+"""Records that one neighbour may tell: a new link tells all 256 at once, then about 10 a second; each costs a signature check."""
+record_old_s = 90.0
+"""A record whose own date lies further back than this is old news of a peer that may be gone: honest clocks differ by less, or they could
+not link."""
 heartbeat_s = 2.0
 """A record is renewed this often in small swarms."""
 heartbeat_per_peer_s = 0.1
@@ -89,17 +96,36 @@ want_timeout_s = 15.0
 """256 KiB at 1 Mbit/s takes 2 s; then another neighbour is asked."""
 packets_in_flight = 32
 """Asked of one neighbour and not yet here: at most 8 MiB, about the bandwidth-delay product of 600 Mbit/s at 100 ms."""
+first_packets_in_flight = 8
+"""Before a neighbour has delivered anything: 2 MiB, which 1.1 Mbit/s delivers in `want_timeout_s`."""
+want_tries = 4
+"""Times that the only neighbour which offers a packet is asked before its offer is forgotten."""
+asked_keys = 4 * packets_in_flight
+"""Packets that one neighbour may have us owe: an honest one never asks for more than `packets_in_flight`, and again after a timeout."""
 bulk_pending_bytes = 1 << 20
 """Packets wait in the log, not in the send queue, beyond this."""
 neighbour_keys = 16384
 """Keys remembered per neighbour (about 1.5 MB)."""
-wanted_keys = 65536
+wanted_per_neighbour = 8192
+"""Packets that one neighbour may be the first to offer and that are not here yet (about 2 MB): two comparisons' worth."""
 ranges_per_message = 256
-"""Keys or ranges in one HAVE or WANT: at most 16 KiB."""
+"""Ranges in one HAVE or WANT: at most 16 KiB."""
 keys_per_message = 8192
-streams_max = 4096
-verify_queue_packets = 512
-"""Packets waiting for their signature check; more than that unasked is a flood."""
+keys_told_per_tick = 4096
+"""Announced to one neighbour per tick: 16000 a second, where 16 peers of a 1.5B model make 2500."""
+keys_per_s = 20_000.0
+keys_burst = 65_536.0
+"""Keys that one neighbour may name in HAVE, WANT and MISSING: a 60-byte range names 8192 of them, at about 2 us each."""
+set_bytes_max = 480 << 10
+"""Largest set of packets in one message (a bulk body may have 511 KiB); a larger one is told part by part, in turn."""
+sets_told_per_s, sets_told_burst = 1.0, 4.0
+sets_heard_per_s, sets_heard_burst = 2.0, 8.0
+"""Whole sets per neighbour: the question has 60 bytes, the answer up to 480 KiB, and 4096 streams take 0.1 s to read. Twice as many are
+listened to as told, so that two honest clocks never disagree."""
+verify_queue_packets = 64
+"""Packets of one neighbour that wait for their signature check: twice what it may owe. More is a flood."""
+log_retry_s = 10.0
+"""Nothing is pulled for so long after the log could not be written: a full disk does not empty itself within a second."""
 rate_time_constant_s = 30.0
 """Average of tokens per second: a few publications long."""
 min_share = 0.01
@@ -113,19 +139,40 @@ inbox_bytes = 64 << 20
 """Checked packets kept in memory until the next meeting; more than that is read back from the log."""
 idle_meeting_s = 1.0
 """Without a training thread the event loop applies waiting packets this often."""
-uplink_busy_bytes = 4 << 20
-"""Own packets still queued on the uplink: the next publication waits, its content stays in the displacement."""
+unheld_publications = 2
+"""Own publications that no neighbour holds yet; beyond it the next one waits and its content stays in the displacement, where it costs no
+bytes. One is always on its way, and a second covers the time of a receipt."""
+uplink_patience_s = 60.0
+"""Then it publishes all the same: the neighbours may be hostile, or not want it."""
+refused_retry_s = 30.0
+"""A packet that the replica refused (its range depends on what else has come) is tried again this often."""
+batches_per_publication = 16
+"""A stream counts for at most this many times the run's publishing interval per packet: room for uplinks that allow a sixteenth of the
+publications, while nobody ends everybody's rate schedule with one false number."""
+count_max = (1 << 53) - 1
+"""Largest count in a record or shown: exact in JSON, and 256 of them add up within 64 bits."""
 chunk_fetches = 4
 """Snapshot chunks fetched at a time."""
 chunk_retries = 5
 chunk_reload_pause_s = 30.0
 """A chunk is not fetched again as a snapshot within this: it may be megabytes, and packets may still turn up."""
+chunk_reload_pause_max_s = 1920.0
+"""The pause doubles up to here while fetching brings nothing."""
 leave_max_publications = 10
 leave_displacement_fraction = 0.02
 """Leaving ends when the displacement is this small beside what it was, or after leave_max_publications."""
 leave_handover_s = 10.0
-"""Time for the last packets to reach a neighbour."""
+"""Leaving gives up when no further packet was confirmed for so long."""
 notices_kept = 200
+refusal_notice_s = 60.0
+"""The same refusal of the same peer is shown this often; the counters count all."""
+refusals_remembered = 256
+strikes = 64.0
+strikes_forgiven_per_s = 1.0
+"""Malformed or forged messages of one neighbour: an honest program sends none, so a link that carries so many is cut."""
+strike_ban_s = 600.0
+link_event_turns = 1000
+"""Turns of the event loop that a link's own event may take to be read after the dial returned."""
 chunk_retry_s = 1.0
 """Wait before the donors are asked again, times the number of the attempt."""
 unheld_keys = 65536

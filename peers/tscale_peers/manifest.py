@@ -14,7 +14,10 @@ import blake3
 import msgspec
 
 from tscale_net.errors import Refused
+from tscale_net.limits import BULK_BODY_BYTES
+from tscale_peers.codec import CODECS
 from tscale_peers.layout import Layout, TensorSpec
+from tscale_peers.packet import Terms
 
 MANIFEST_VERSION = 1
 MAX_MANIFEST_BYTES = 4 << 20
@@ -23,13 +26,25 @@ MAX_PARAMETERS = 1 << 37
 """Half a terabyte of int32: larger is a lie or a mistake, refused before anything is allocated."""
 UNIT_EXPONENT_RANGE = (-40, 0)
 CHUNK_PARAMS_RANGE = (1 << 10, 1 << 21)
-"""1 bit each: 128 B to 256 KiB, the largest frame."""
+"""1 bit each: 128 B to 256 KiB. What the codec adds must still fit in a frame, which is checked packet by packet."""
+MAX_CHUNKS = 1 << 16
+"""1.5 billion weights make 1500. Each chunk is an object here, and a number per author stream."""
+MAX_STREAM_CHUNKS = 1 << 28
+"""Streams times chunks, 8 bytes each: 2 GiB of packet numbers at the very worst."""
+MAX_TENSORS = 1 << 16
+MAX_NAME_CHARACTERS = 64
+MAX_TENSOR_NAME_CHARACTERS = 200
+MAX_TRAINER_SECTIONS = 64
+MAX_ADMIN_KEYS = 64
+MAX_COUNT = 1 << 53
+"""Batches and steps: exact in JSON."""
 
 
 class RuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The outer rule: publish with c = share_scale * share; what the author does with its own displacement and momentum.
 
-    Sum rule (1-bit deltas, short intervals): own_leak = momentum_keep = "share". Averaging rule (long intervals, sparse deltas): both "one".
+    Sum rule (1-bit deltas, short intervals): own_leak = momentum_keep = "share". Averaging rule (long intervals, sparse deltas): both
+    "one".
     Only share_scale changes what others see; measured safe up to 1 (8 diverges).
     """
 
@@ -86,7 +101,17 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for wrong, sentence in _faults(self):
             if wrong:
                 raise Refused("bad-manifest", f"run manifest: {sentence}")
+        self._check_packets()
         return self
+
+    def _check_packets(self) -> None:
+        """Every packet of the run must fit in one message. Only now is a layout built: its size is bounded."""
+        largest = Terms(bytes(32), self.layout(), CODECS[self.codec]).max_packet_bytes
+        if largest > BULK_BODY_BYTES:
+            raise Refused(
+                "bad-manifest",
+                f"run manifest: packets of up to {largest} bytes do not fit in messages of {BULK_BODY_BYTES}; use a smaller chunk_params",
+            )
 
     @staticmethod
     def decode(data: bytes, run_id: bytes | None = None) -> RunManifest:
@@ -112,23 +137,48 @@ def _faults(m: RunManifest) -> list[tuple[bool, str]]:
     least, most = CHUNK_PARAMS_RANGE
     shapes_ok = all(t.rows > 0 and t.cols > 0 and t.cols % 8 == 0 and t.cols <= m.chunk_params for t in m.tensors)
     total = sum(t.rows * t.cols for t in m.tensors) if shapes_ok else 0
+    chunks = sum(-(-t.rows // (m.chunk_params // t.cols)) for t in m.tensors) if shapes_ok else 0
     return [
-        (m.version != MANIFEST_VERSION, f"version {m.version} is not supported, this program speaks {MANIFEST_VERSION}; update the older side"),
-        (not 1 <= len(m.name) <= 64 or not m.name.isprintable(), "name must be 1 to 64 printable characters"),
+        (m.version != MANIFEST_VERSION, f"version {m.version} is not spoken here but {MANIFEST_VERSION}; update the older side"),
+        (not _is_name(m.name, MAX_NAME_CHARACTERS), f"name must be 1 to {MAX_NAME_CHARACTERS} printable characters"),
         (not m.tensors, "lists no tensors"),
+        (len(m.tensors) > MAX_TENSORS, f"lists more than {MAX_TENSORS} tensors"),
+        (
+            not all(_is_name(t.name, MAX_TENSOR_NAME_CHARACTERS) for t in m.tensors),
+            f"tensor names must be 1 to {MAX_TENSOR_NAME_CHARACTERS} printable characters",
+        ),
         (not shapes_ok, "every tensor needs rows > 0 and columns that are a multiple of 8 and fit in one chunk"),
         (total > MAX_PARAMETERS, f"{total} parameters are more than {MAX_PARAMETERS}"),
+        (chunks > MAX_CHUNKS, f"{chunks} chunks are more than {MAX_CHUNKS}; use a larger chunk_params"),
         (len({t.name for t in m.tensors}) != len(m.tensors), "two tensors have one name"),
         (any(not low <= t.unit_exponent <= high for t in m.tensors), f"unit exponents must lie in {low}..{high}"),
         (not least <= m.chunk_params <= most, f"chunk_params must lie in {least}..{most}"),
+        (m.codec not in CODECS, f"codec {m.codec[:32]!r} is not known here; known: {', '.join(sorted(CODECS))}"),
         (len(m.start_hash) != 32, "start_hash must be 32 bytes"),
-        (m.publish_every_steps < 1, "publish_every_steps must be at least 1"),
-        (m.budget_batches < 1, "budget_batches must be at least 1"),
+        (not math.isfinite(m.created_unix), "created_unix must be a number"),
+        (not 1 <= m.publish_every_steps <= MAX_COUNT, "publish_every_steps must be at least 1"),
+        (not 1 <= m.budget_batches <= MAX_COUNT, "budget_batches must be at least 1"),
         (not _within(m.rule.share_scale, 0.0, 8.0), "rule.share_scale must lie in (0, 8]"),
         (not _within(m.limits.max_coefficient, 0.0, 8.0), "limits.max_coefficient must lie in (0, 8]"),
         (not 1 <= m.limits.max_streams <= 1 << 16, "limits.max_streams must lie in 1..65536"),
-        (any(len(key) != 32 for key in m.admin_keys), "admin_keys must be 32-byte Ed25519 keys"),
+        (
+            m.limits.max_streams * chunks > MAX_STREAM_CHUNKS,
+            f"limits.max_streams times {chunks} chunks is more than {MAX_STREAM_CHUNKS}; allow fewer streams or use a larger chunk_params",
+        ),
+        (
+            not 0 <= m.limits.displacement_max_age_batches <= MAX_COUNT,
+            "limits.displacement_max_age_batches must be a number of batches, 0 or more",
+        ),
+        (len(m.trainer) > MAX_TRAINER_SECTIONS, f"trainer has more than {MAX_TRAINER_SECTIONS} sections"),
+        (
+            len(m.admin_keys) > MAX_ADMIN_KEYS or any(len(key) != 32 for key in m.admin_keys),
+            f"admin_keys must be at most {MAX_ADMIN_KEYS} Ed25519 keys of 32 bytes",
+        ),
     ]
+
+
+def _is_name(text: str, most: int) -> bool:
+    return 1 <= len(text) <= most and text.isprintable()
 
 
 def _within(value: float, above: float, most: float) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from tscale_net.errors import Refused
 from tscale_net.ports import Clock
 from tscale_peers import limits
 from tscale_peers.basepoint import Replica
@@ -47,13 +48,21 @@ class Met:
     """(applied digest, basepoint hash) after it, unless hashing would have been too dear."""
     lost: int = 0
     """Packets that were offered but are neither in memory nor in the log any more."""
+    withheld: Refused | None = None
+    """Why a publication that was due did not take place; its content stays in the displacement."""
 
 
 class MeetingPoint:
     """Owns the exchange. `meet` is called by the training thread; the event loop calls the rest."""
 
     def __init__(
-        self, exchange: Exchange, replica: Replica, store: PacketStore, publish_every_steps: int, clock: Clock, decode: Callable[[bytes], Packet]
+        self,
+        exchange: Exchange,
+        replica: Replica,
+        store: PacketStore,
+        publish_every_steps: int,
+        clock: Clock,
+        decode: Callable[[bytes], Packet],
     ) -> None:
         self.exchange = exchange
         self.replica = replica
@@ -63,7 +72,7 @@ class MeetingPoint:
         """Set by the event loop: joined, not leaving, uplink free."""
         self.post: Callable[[Met], None] = lambda met: None
         self._store = store
-        self._every = publish_every_steps
+        self.publish_every_steps = publish_every_steps
         self._clock = clock
         self._decode = decode
         self._inbox: deque[tuple[Key, bytes | None]] = deque()
@@ -76,12 +85,13 @@ class MeetingPoint:
         self._hash_after = 0.0
 
     def offer(self, key: Key, body: bytes | None = None) -> None:
-        """A packet that is checked and in the log, to be applied at the next meeting. Any thread. Beyond `inbox_bytes` only its key is kept, and
-        it is read back from the log."""
-        keep = body is not None and self._inbox_bytes + len(body) <= limits.inbox_bytes
+        """A packet that is checked and in the log, to be applied at the next meeting. Any thread. Beyond `inbox_bytes` only its key is
+        kept, and it is read back from the log."""
         with self._inbox_lock:
-            self._inbox.append((key, body if keep else None))
-            self._inbox_bytes += len(body) if keep and body is not None else 0
+            if body is not None and self._inbox_bytes + len(body) > limits.inbox_bytes:
+                body = None
+            self._inbox.append((key, body))
+            self._inbox_bytes += len(body) if body is not None else 0
 
     @property
     def steps_since_publish(self) -> int:
@@ -97,15 +107,18 @@ class MeetingPoint:
         self._published_at_step = progress.steps
 
     def meet(self, progress: Progress) -> Met:
-        """Receive, publish if due, hash if affordable. Returns what was done (also posted to the event loop)."""
+        """Receive, publish if due, hash if affordable. Returns what was done (also posted to the event loop).
+
+        Raises Refused("not-finite") if local training has diverged. Any other refusal of a publication is in `Met.withheld`.
+        """
         with self._lock:
             if progress.trained:
                 self.exchange.mark_trained()
             self.last_progress = progress
             receipts, lost = self._receive()
-            due = self.may_publish and progress.steps - self._published_at_step >= self._every
-            published, keep = self._publish(progress, self.share) if due else ((), 1.0)
-            met = Met(progress, receipts, published, keep, self._state(forced=False), lost)
+            due = self.may_publish and progress.steps - self._published_at_step >= self.publish_every_steps
+            published, keep, withheld = self._publish(progress, self.share) if due else ((), 1.0, None)
+            met = Met(progress, receipts, published, keep, self._state(forced=False), lost, withheld)
         self.post(met)
         return met
 
@@ -118,8 +131,8 @@ class MeetingPoint:
         """One publication regardless of cadence, when leaving."""
         with self._lock:
             receipts, lost = self._receive()
-            published, keep = self._publish(self.last_progress, share)
-            met = Met(self.last_progress, receipts, published, keep, self._state(forced=True), lost)
+            published, keep, withheld = self._publish(self.last_progress, share)
+            met = Met(self.last_progress, receipts, published, keep, self._state(forced=True), lost, withheld)
         self.post(met)
         return met
 
@@ -163,19 +176,44 @@ class MeetingPoint:
         return self._lock
 
     def _receive(self) -> tuple[tuple[Receipt, ...], int]:
-        """Receipts of everything that waited, and how many packets were lost meanwhile."""
+        """Receipts of everything that waited, and how many packets were lost meanwhile. Part by part, so that memory stays bounded however
+        much has piled up in the log."""
         with self._inbox_lock:
-            waiting = list(self._inbox)
-            self._inbox.clear()
-            self._inbox_bytes = 0
-        bodies = [body if body is not None else self._store.get(key) for key, body in waiting]
-        packets = [self._decode(body) for body in bodies if body is not None]
-        return tuple(self.exchange.receive(packets)), len(bodies) - len(packets)
+            left = len(self._inbox)
+        receipts: list[Receipt] = []
+        lost = 0
+        while left > 0:
+            taken, packets = self._next_part(left)
+            left -= taken
+            lost += taken - len(packets)
+            receipts += self.exchange.receive(packets)
+        return tuple(receipts), lost
 
-    def _publish(self, progress: Progress, share: float) -> tuple[tuple[tuple[Key, bytes], ...], float]:
-        bodies, keep = self.exchange.publish(progress.batches, share)
+    def _next_part(self, most: int) -> tuple[int, list[Packet]]:
+        """(how many were taken from the inbox, those that could be read), up to `inbox_bytes`."""
+        packets: list[Packet] = []
+        taken = size = 0
+        while taken < most and size < limits.inbox_bytes:
+            with self._inbox_lock:
+                key, body = self._inbox.popleft()
+                self._inbox_bytes -= len(body) if body is not None else 0
+            taken += 1
+            body = body if body is not None else self._store.get(key)
+            if body is not None:
+                size += len(body)
+                packets.append(self._decode(body))
+        return taken, packets
+
+    def _publish(self, progress: Progress, share: float) -> tuple[tuple[tuple[Key, bytes], ...], float, Refused | None]:
+        """A publication that is refused is tried again after as many steps as always."""
         self._published_at_step = progress.steps
-        return tuple((self._decode(body).key, body) for body in bodies), keep
+        try:
+            bodies, keep = self.exchange.publish(progress.batches, share)
+        except Refused as refusal:
+            if refusal.code == "not-finite":
+                raise
+            return (), 1.0, refusal
+        return tuple((self._decode(body).key, body) for body in bodies), keep, None
 
     def _state(self, forced: bool) -> tuple[bytes, bytes] | None:
         now = self._clock.now()

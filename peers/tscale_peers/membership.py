@@ -3,7 +3,8 @@
 Enters: records as they are heard, links going up and down, the time. Leaves: changes for people, who to tell what, whom to dial.
 Rule: every peer renews its record each heartbeat and all relay it; a peer not heard of for `suspect_s` is suspect, for `dead_s` dead
 (gossip-style failure detection, van Renesse 1998). Its own word (`leaving`) ends it at once. The event loop renews the record, not the
-training thread, so a peer whose training stalls for seconds is not taken for dead. A dead peer is dialled again now and then: partitions heal.
+training thread, so a peer whose training stalls for seconds is not taken for dead. A dead peer is dialled again now and then, so that
+partitions heal.
 Pure state: the time and the random source are passed in.
 """
 
@@ -13,8 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
+from tscale_net.errors import Refused
 from tscale_net.ports import PeerId, Rng
 from tscale_peers import limits
+from tscale_peers.allowance import Allowance
 from tscale_peers.records import PeerRecord, RecordBook
 
 
@@ -43,13 +46,20 @@ class Membership:
         self.book = book
         self._rng = rng
         self._state: dict[PeerId, State] = {}
+        book.pinned.add(me)
+        self._told_by: dict[PeerId, Allowance] = {}
         self._untold: dict[PeerId, dict[PeerId, None]] = {}
 
     # -- records -----------------------------------------------------------------------------------------------------
 
-    def learn(self, sealed: bytes, now: float, source: PeerId | None = None) -> PeerRecord | None:
-        """Take in one record; None if it is not news. Raises Refused for a false one."""
-        record = self.book.learn(sealed, now)
+    def learn(self, sealed: bytes, now: float, source: PeerId | None = None, wall: float | None = None) -> PeerRecord | None:
+        """Take in one record; None if it is not news. Raises Refused for a false one, and "flood" for more than `source` may tell.
+
+        wall: Unix time, by which old news is known (RecordBook.learn)."""
+        told_by = self._told_by.get(source) if source is not None else None
+        if told_by is not None and not told_by.take(1, now):
+            raise Refused("flood", "more peer records than there can be peers")
+        record = self.book.learn(sealed, now, wall)
         if record is not None:
             for neighbour, untold in self._untold.items():
                 if neighbour not in (source, record.peer):
@@ -57,22 +67,31 @@ class Membership:
         return record
 
     def link_up(self, peer: PeerId) -> None:
-        """A new neighbour is told everything once."""
-        self._untold[peer] = {heard.record.peer: None for heard in self.book.all() if heard.record.peer != peer}
+        """A new neighbour is told everything once; even its own record, by which it learns of a later start than the present one (its
+        clock was set back)."""
+        self._untold[peer] = {heard.record.peer: None for heard in self.book.all()}
+        self._told_by[peer] = Allowance(limits.records_per_s, limits.records_burst)
+        self.book.pinned.add(peer)
 
     def link_down(self, peer: PeerId) -> None:
         self._untold.pop(peer, None)
+        self._told_by.pop(peer, None)
+        self.book.pinned.discard(peer)
 
     def news_for(self, neighbour: PeerId) -> list[bytes]:
         """Signed records that this neighbour was not told yet (bounded; the rest comes next time)."""
         untold = self._untold.get(neighbour)
         news: list[bytes] = []
+        room = limits.records_bytes_max
         while untold and len(news) < limits.records_per_message:
             peer = next(iter(untold))
-            del untold[peer]
             heard = self.book.get(peer)
+            if heard is not None and len(heard.sealed) > room:
+                break
+            del untold[peer]
             if heard is not None:
                 news.append(heard.sealed)
+                room -= len(heard.sealed)
         return news
 
     # -- states ------------------------------------------------------------------------------------------------------
@@ -88,6 +107,8 @@ class Membership:
         """Re-judge everybody; returns what changed since the last tick."""
         stretch = self.heartbeat_s() / limits.heartbeat_s
         changes = []
+        for forgotten in [peer for peer in self._state if peer not in self.book]:
+            del self._state[forgotten]
         for heard in self.book.all():
             peer = heard.record.peer
             if peer == self.me:

@@ -20,8 +20,9 @@ WANT = 34
 PACKET = 35
 MISSING = 36
 SUMMARY = 37
+SET_PART = 38
 
-GOSSIP_KINDS = frozenset({HAVE, WANT, MISSING, SUMMARY})
+GOSSIP_KINDS = frozenset({HAVE, WANT, MISSING, SUMMARY, SET_PART})
 
 STREAM_KEY_BYTES = 40
 """Author's public key (32) and stream number (8)."""
@@ -56,11 +57,27 @@ class Ranges(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     def encode(self) -> bytes:
         return msgspec.msgpack.encode(self)
 
+    @staticmethod
+    def bodies(keys: Iterable[tuple[bytes, int, int]]) -> list[bytes]:
+        """As many message bodies as it takes, none with more than `ranges_per_message` ranges. At most `keys_per_message` keys."""
+        ranges, most = Ranges.of(keys).ranges, limits.ranges_per_message
+        return [Ranges(ranges[at : at + most]).encode() for at in range(0, len(ranges), most)]
+
 
 class Summary(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Digest of the packets that the sender knows; with `applied` the whole set. `reply` ends the exchange."""
 
     digest: bytes
+    applied: bytes
+    reply: bool = False
+
+
+class SetPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the sender knows of the streams whose keys lie in first <= key < end, where its whole set is too large for one message. An empty
+    `end` means no end. `reply` ends the exchange."""
+
+    first: bytes
+    end: bytes
     applied: bytes
     reply: bool = False
 
@@ -74,6 +91,7 @@ class Records(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 T = TypeVar("T")
 _ranges = msgspec.msgpack.Decoder(Ranges)
 _summary = msgspec.msgpack.Decoder(Summary)
+_set_part = msgspec.msgpack.Decoder(SetPart)
 _records = msgspec.msgpack.Decoder(Records)
 
 
@@ -96,6 +114,14 @@ def decode_summary(body: bytes) -> Summary:
     if len(summary.digest) != 32:
         raise Refused("bad-message", "a summary whose digest is not 32 bytes")
     return summary
+
+
+def decode_set_part(body: bytes) -> SetPart:
+    """Raises Refused("bad-message")."""
+    part = _decode(_set_part, body)
+    if len(part.first) > STREAM_KEY_BYTES or len(part.end) > STREAM_KEY_BYTES or (part.end and part.end <= part.first):
+        raise Refused("bad-message", "a part of a set whose bounds are not bounds")
+    return part
 
 
 def decode_records(body: bytes) -> list[bytes]:

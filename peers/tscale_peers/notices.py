@@ -5,7 +5,7 @@ Enters: sentences and refusals from all parts of a peer. Leaves: a bounded list,
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,6 +31,8 @@ class NoticeBoard:
         self.refused: Counter[str] = Counter()
         self._clock = clock
         self._show = show
+        self._shown: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
+        """(code, who) -> when it was shown last, how often it was refused unseen since."""
 
     def tell(self, kind: str, text: str) -> None:
         notice = Notice(self._clock.wall(), kind, text)
@@ -38,6 +40,16 @@ class NoticeBoard:
         self._show(notice)
 
     def refuse(self, refusal: Refused, who: str) -> None:
-        """Count it and show it: nothing is turned away silently."""
+        """Count it and show it: nothing is turned away silently. The same from the same peer is shown once per `refusal_notice_s`, with how
+        often it came, so that a flood of nonsense does not push everything else out of sight."""
         self.refused[refusal.code] += 1
-        self.tell("refused", f"refused from {who}: {refusal.detail}")
+        now = self._clock.now()
+        shown_at, unseen = self._shown.pop((refusal.code, who), (now - limits.refusal_notice_s, 0))
+        if now - shown_at < limits.refusal_notice_s:
+            self._shown[refusal.code, who] = (shown_at, unseen + 1)
+            return
+        self._shown[refusal.code, who] = (now, 0)
+        if len(self._shown) > limits.refusals_remembered:
+            self._shown.popitem(last=False)
+        more = f" ({unseen} more of this kind)" if unseen else ""
+        self.tell("refused", f"refused from {who}: {refusal.detail}{more}")

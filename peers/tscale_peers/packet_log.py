@@ -27,6 +27,10 @@ class PacketLog(Protocol):
 
     def get(self, key: Key) -> bytes | None: ...
 
+    def holds(self, key: Key) -> bool:
+        """Whether `get` has something to read; reads nothing."""
+        ...
+
     def keys(self, stream_key: bytes, first: int = 1, last: int = limits.applied_seq_max, chunk: int | None = None) -> list[Key]:
         """Keys of one stream (and chunk), seq from `first` to `last`, ascending by seq, then chunk."""
         ...
@@ -109,6 +113,10 @@ class MemoryLog:
         with self._lock:
             body = self._index.get(key)
         return body if isinstance(body, bytes) else None
+
+    def holds(self, key: Key) -> bool:
+        with self._lock:
+            return self._index.get(key) is not None
 
     def keys(self, stream_key: bytes, first: int = 1, last: int = limits.applied_seq_max, chunk: int | None = None) -> list[Key]:
         with self._lock:

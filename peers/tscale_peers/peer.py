@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from contextlib import suppress
+from typing import TypeVar
 
 from tscale_net.errors import Refused
 from tscale_net.identity import peer_id_of
-from tscale_net.ports import Clock, Event, Frame, LinkDown, LinkUp, PeerId, Rng, Transport
-from tscale_net.transfer import Transfers
+from tscale_net.ports import Event, Frame, LinkDown, LinkUp, PeerId
 from tscale_peers import limits
 from tscale_peers.agreement import Agreement
+from tscale_peers.conduct import NOT_ITS_FAULT, Conduct
 from tscale_peers.dialler import Dialler
-from tscale_peers.gossip import Action, Gossip, Key, NeedChunks, Send
+from tscale_peers.gossip import Action, Gossip, NeedChunks, Send
 from tscale_peers.herald import Herald
 from tscale_peers.intake import Intake
 from tscale_peers.leaving import hand_over
@@ -28,8 +27,9 @@ from tscale_peers.meeting import MeetingPoint, Met
 from tscale_peers.membership import Change, Membership, State
 from tscale_peers.messages import GOSSIP_KINDS, PACKET, RECORDS, decode_records
 from tscale_peers.notices import NoticeBoard
-from tscale_peers.records import PeerRecord, RecordBook, Verify
+from tscale_peers.records import PeerRecord, RecordBook
 from tscale_peers.share import RateAverage, share
+from tscale_peers.surroundings import Author, Outside, PeerSettings
 from tscale_peers.traffic import Traffic
 
 T = TypeVar("T")
@@ -37,49 +37,20 @@ T = TypeVar("T")
 _STATE_WORDS = {State.LIVE: "is here", State.SUSPECT: "is not heard of lately", State.DEAD: "is gone", State.LEFT: "left"}
 
 
-class Author(Protocol):
-    """Who this peer is."""
-
-    @property
-    def peer_id(self) -> PeerId: ...
-
-    @property
-    def public_key(self) -> bytes: ...
-
-    def sign(self, domain: bytes, message: bytes) -> bytes: ...
-
-
-@dataclass(slots=True)
-class PeerSettings:
-    """What this peer says and does, beyond the manifest."""
-
-    name: str
-    role: str = "peer"
-    bootstrap: tuple[str, ...] = ()
-    addresses: tuple[str, ...] = ()
-    """Where others can dial this peer (multiaddrs); empty if it is outbound only."""
-    remembered: tuple[str, ...] = ()
-    """Where peers of this swarm were when this one last ran; dialled at the start, without a word if nobody is there any more."""
-
-
-@dataclass(slots=True)
-class Outside:
-    """Everything of the outside world, injected."""
-
-    transport: Transport
-    transfers: Transfers
-    clock: Clock
-    rng: Rng
-    verify: Verify
-    executor: Executor | None = None
-    """Signature checks and idle meetings run here; None: on the loop (simulation)."""
-
-
 class SwarmPeer:
     """Runs the protocol for one run. Construct, then `await run()` in a task; `leave()` first if it shall end in order."""
 
     def __init__(
-        self, *, run: bytes, author: Author, outside: Outside, meeting: MeetingPoint, gossip: Gossip, intake: Intake, settings: PeerSettings, board: NoticeBoard
+        self,
+        *,
+        run: bytes,
+        author: Author,
+        outside: Outside,
+        meeting: MeetingPoint,
+        gossip: Gossip,
+        intake: Intake,
+        settings: PeerSettings,
+        board: NoticeBoard,
     ) -> None:
         self.run_id = run
         self.author = author
@@ -93,6 +64,7 @@ class SwarmPeer:
         self.herald = Herald(self.membership, outside.transport, author.sign, clock, rng)
         self.dialler = Dialler(outside.transport, self.membership, settings.bootstrap, board, clock, rng, self.name_of, settings.remembered)
         self.agreement = Agreement(board)
+        self.conduct = Conduct()
         self.rate = RateAverage()
         self.traffic = Traffic()
         self.linked: set[PeerId] = set()
@@ -108,12 +80,13 @@ class SwarmPeer:
         """Called when packets can only come inside snapshot chunks (joining.py)."""
         self.swarm_loss = float("nan")
         """Held-out loss of the basepoint, set by whoever evaluates."""
-        self._unheld: dict[Key, None] = {}
         self._intake = intake
         self._state: tuple[bytes, bytes] = (b"", b"")
         self._rate_at = clock.now()
         self._rate_tokens: int | None = None
         self._met_at = clock.now()
+        self._idle_meeting: asyncio.Task[None] | None = None
+        self._retry_refused_at: float | None = None
         self._flush_wanted = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -148,16 +121,16 @@ class SwarmPeer:
         return next((link.name for link in self.outside.transport.links() if link.peer == peer and link.name), f"…{peer[-8:]}")
 
     def swarm_batches(self) -> int:
-        """Batches whose deltas are in the basepoint."""
-        return self.meeting.replica.applied.total_batches()
+        """Batches whose deltas are in the basepoint, as far as the authors' packets bear them out."""
+        most = limits.batches_per_publication * self.meeting.publish_every_steps
+        return min(self.meeting.replica.applied.total_batches(most), limits.count_max)
 
     def unheld(self) -> int:
         """How many own packets no neighbour is known to hold yet."""
-        self._unheld = {key: None for key in self._unheld if not self.gossip.holders(key)}
-        return len(self._unheld)
+        return len(self.gossip.unheld)
 
     def recount_known(self) -> None:
-        """After snapshot chunks were loaded: known is what the replica contains and what the log holds; the latter is applied where it lacks."""
+        """After snapshot chunks were loaded: known is what the replica contains and what the log holds, which is applied where it lacks."""
         for key in self._intake.recount(self.meeting.replica):
             self.meeting.offer(key)
 
@@ -178,7 +151,19 @@ class SwarmPeer:
             try:
                 self._on_event(event)
             except Refused as refusal:
-                self.board.refuse(refusal, self.name_of(event.peer) if event.peer else "somebody")
+                self._turn_away(refusal, event)
+
+    def _turn_away(self, refusal: Refused, event: Event) -> None:
+        self.board.refuse(refusal, self.name_of(event.peer) if event.peer else "somebody")
+        if isinstance(event, Frame):
+            self._blame(refusal, event.peer)
+
+    def _blame(self, refusal: Refused, peer: PeerId) -> None:
+        """A link that carries nothing but nonsense costs more than it brings."""
+        if peer in self.linked and self.conduct.strike(peer, refusal, self.outside.clock.now()):
+            why = f"messages were refused, the last because of {refusal.code}"
+            self.board.tell("link", f"link to {self.name_of(peer)} is cut: too many of its {why}")
+            self.outside.transport.drop(peer, f"too many of your {why}", limits.strike_ban_s)
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Frame):
@@ -205,6 +190,7 @@ class SwarmPeer:
         self.linked.discard(event.peer)
         self.membership.link_down(event.peer)
         self.gossip.link_down(event.peer)
+        self.conduct.link_down(event.peer)
         self.outside.transfers.peer_gone(event.peer)
         self.board.tell("link", f"link to {self.name_of(event.peer)} is down: {event.reason}")
 
@@ -222,11 +208,17 @@ class SwarmPeer:
             raise Refused("unknown-kind", f"a message of kind {frame.kind}, which this program does not know")
 
     def _learn(self, sealed_records: Sequence[bytes], source: PeerId) -> None:
-        now = self.outside.clock.now()
+        now, wall = self.outside.clock.now(), self.outside.clock.wall()
         for sealed in sealed_records:
-            record = self.membership.learn(sealed, now, source)
-            if record is not None and record.peer != self.author.peer_id:
-                self.agreement.compare(record, self.meeting.replica.recent, now)
+            record = self.membership.learn(sealed, now, source, wall)
+            if record is None:
+                continue
+            if record.peer != self.author.peer_id:
+                # A copy in one step: the training thread appends to it.
+                self.agreement.compare(record, tuple(self.meeting.replica.recent), now)
+            elif self.herald.outdone_by(record):
+                why = "this clock was set back, or this identity runs elsewhere too"
+                self.board.tell("identity", f"a record of mine with a later start was heard: {why}")
 
     # -- packets and meetings ----------------------------------------------------------------------------------------
 
@@ -234,13 +226,23 @@ class SwarmPeer:
         while True:
             source, body = await self._intake.next()
             try:
-                packet = await self.off_loop(lambda b=body: self._intake.check(b))  # type: ignore[misc]
-                if self._intake.accept(packet, body, source):
-                    self.last_delta_at[peer_id_of(packet.header.author)] = self.outside.clock.now()
+                if not self._intake.is_known(body, source):
+                    packet = await self.off_loop(lambda b=body: self._intake.check(b))  # type: ignore[misc]
+                    if self._intake.accept(packet, body, source):
+                        self.last_delta_at[peer_id_of(packet.header.author)] = self.outside.clock.now()
                 self._want_flush()
             except Refused as refusal:
-                self._intake.reject(body, source)
-                self.board.refuse(refusal, self.name_of(source))
+                self._refuse_packet(refusal, body, source)
+
+    def _refuse_packet(self, refusal: Refused, body: bytes, source: PeerId) -> None:
+        if refusal.code == "log-write":
+            # Our own trouble: what was asked for is asked for again when its deadline passes, and nothing else meanwhile.
+            self.gossip.pull_after = self.outside.clock.now() + limits.log_retry_s
+            self.board.refuse(refusal, "the log")
+            return
+        self._intake.reject(body, source, blame=refusal.code not in NOT_ITS_FAULT)
+        self.board.refuse(refusal, self.name_of(source))
+        self._blame(refusal, source)
 
     def _post(self, met: Met) -> None:
         """Called on the meeting's thread."""
@@ -252,7 +254,10 @@ class SwarmPeer:
         for receipt in met.receipts:
             if receipt.refusal is not None:
                 self.board.refuse(receipt.refusal, "the log")
+                self._retry_refused_at = self._retry_refused_at or self._met_at + limits.refused_retry_s
             self.applied += receipt.outcome == "applied"
+        if met.withheld is not None:
+            self.board.refuse(met.withheld, "my own publication")
         if met.lost:
             self.recount_known()
         if met.published:
@@ -263,12 +268,10 @@ class SwarmPeer:
 
     def _spread(self, met: Met) -> None:
         self.published += 1
-        for key, _ in met.published:
-            self.gossip.known.add(*key)
-            if len(self._unheld) < limits.unheld_keys:
-                self._unheld[key] = None
-        self._do(self.gossip.push(list(met.published)))
-        self.gossip.accepted([key for key, _ in met.published], None)
+        with suppress(Refused):  # too many streams for what is known here, though not yet for the replica: comparing tells of it
+            for key, _ in met.published:
+                self.gossip.known.add(*key)
+        self._do(self.gossip.published(list(met.published)))
         self.last_delta_at[self.author.peer_id] = self.outside.clock.now()
         self.published_bytes = sum(len(body) for _, body in met.published)
         self.board.tell("published", f"delta {met.published[0][0][1]}: {self.published_bytes} bytes")
@@ -292,25 +295,39 @@ class SwarmPeer:
     async def _tick(self, tasks: asyncio.TaskGroup) -> None:
         now = self.outside.clock.now()
         self._show(self.membership.tick(now))
+        self.agreement.forget(self.membership.book.__contains__)
         if self.herald.due():
             self.renew_record()
         self.herald.tell(self.linked)
         if not self.leaving:
             self.dialler.tick(self.linked, tasks)
         self.meeting.share = self.share()
-        self.meeting.may_publish = not self.leaving and not self.gossip.hold and self._uplink_free()
-        if not self.training_active and not self.gossip.hold and now - self._met_at >= limits.idle_meeting_s:
-            await self.off_loop(self.meeting.meet_idle)
+        self.meeting.may_publish = not self.leaving and not self.gossip.hold and self._uplink_free(now)
+        if self._retry_refused_at is not None and now >= self._retry_refused_at:
+            self._retry_refused_at = None
+            self.recount_known()
+        if self._may_meet_idle(now) and (self._idle_meeting is None or self._idle_meeting.done()):
+            self._idle_meeting = tasks.create_task(self._meet_idle())
         self._do(self.gossip.tick(now))
         self.flush()
-        self.unheld()
         self.traffic.note(self.outside.transport.links())
         need = self.gossip.unobtainable()
         if need is not None:
             self.reload_chunks(need)
 
-    def _uplink_free(self) -> bool:
-        return all(self.outside.transport.pending_bytes(p) < limits.uplink_busy_bytes for p in self.linked)
+    def _may_meet_idle(self, now: float) -> bool:
+        return not self.training_active and not self.gossip.hold and now - self._met_at >= limits.idle_meeting_s
+
+    async def _meet_idle(self) -> None:
+        """Beside the ticks: a large model takes longer to apply and hash than others wait for a heartbeat."""
+        if self._may_meet_idle(self.outside.clock.now()):
+            await self.off_loop(self.meeting.meet_idle)
+
+    def _uplink_free(self, now: float) -> bool:
+        """Some neighbour, however slow the others are, holds what was published before; or nobody has shown any interest for long."""
+        most = limits.unheld_publications * len(self.meeting.replica.layout.chunks)
+        waited = now - self.last_delta_at.get(self.author.peer_id, now)
+        return len(self.gossip.unheld) <= most or not self.gossip.has_listeners() or waited > limits.uplink_patience_s
 
     def _show(self, changes: Sequence[Change]) -> None:
         for change in changes:
@@ -326,9 +343,9 @@ class SwarmPeer:
             incarnation=self.herald.incarnation,
             seq=self.herald.seq + 1,
             created_unix=self.outside.clock.wall(),
-            name=self.settings.name,
+            name=self.settings.name[: limits.record_max_name_chars],
             role=self.settings.role,
-            addresses=self.settings.addresses,
+            addresses=self.settings.addresses[: limits.record_max_addresses],
             step=progress.steps,
             batches=self.swarm_batches(),
             tokens=progress.tokens,
@@ -355,10 +372,13 @@ class SwarmPeer:
 
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:
-            if isinstance(action, Send):
-                self.outside.transport.send(action.peer, action.kind, action.body, action.channel)
-            else:
+            if not isinstance(action, Send):
                 self.reload_chunks(action)
+                continue
+            try:
+                self.outside.transport.send(action.peer, action.kind, action.body, action.channel)
+            except Refused as refusal:  # too large for its channel: a fault of this program, and no reason to end the peer
+                self.board.refuse(refusal, "this program")
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run in the executor where there is one, else here."""

@@ -2,7 +2,7 @@
 
 Enters: the fields of one's own record, or signed bytes from anyone. Leaves: checked records, newest per peer.
 A record is authentic whoever relays it. (incarnation, seq) only grows; the newest wins. The book is bounded: a full book forgets the record
-that was heard longest ago, never the newest.
+that was heard longest ago, but never one that is pinned (own, and linked peers'), so invented peers cannot push out real ones.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _plausible(r: PeerRecord) -> bool:
         len(r.public_key) == 32
         and len(r.digest) in (0, 32)
         and len(r.hash) in (0, 32)
-        and all(0 <= n < 1 << 63 for n in counts)
+        and all(0 <= n <= limits.count_max for n in counts)
         and math.isfinite(r.tokens_per_s)
         and 0 <= r.tokens_per_s <= limits.record_max_tokens_per_s
         and math.isfinite(r.created_unix)
@@ -131,6 +131,7 @@ class RecordBook:
         self._run = run
         self._verify = verify
         self._heard: dict[PeerId, Heard] = {}
+        self.pinned: set[PeerId] = set()
 
     def __len__(self) -> int:
         return len(self._heard)
@@ -144,8 +145,12 @@ class RecordBook:
     def all(self) -> Iterable[Heard]:
         return self._heard.values()
 
-    def learn(self, sealed: bytes, now: float) -> PeerRecord | None:
-        """The record if it is news, None if it is known or older. Raises Refused as `open_sealed`."""
+    def learn(self, sealed: bytes, now: float, wall: float | None = None) -> PeerRecord | None:
+        """The record if it is news, None if it is known or older. Raises Refused as `open_sealed`.
+
+        wall: Unix time. A record that is older than `record_old_s` by its own date counts as heard that much earlier: who tells a newcomer
+        of peers long gone does not make them live.
+        """
         record, body, signature = read_unverified(sealed, self._run)
         peer = record.peer
         before = self._heard.get(peer)
@@ -153,8 +158,13 @@ class RecordBook:
             return None
         if not self._verify(record.public_key, DOMAIN, body, signature):
             raise Refused("bad-signature", "a peer record with a bad signature")
+        stale_s = max(0.0, wall - record.created_unix - limits.record_old_s) if wall is not None else 0.0
         self._heard.pop(peer, None)
-        self._heard[peer] = Heard(record, sealed, now)
+        self._heard[peer] = Heard(record, sealed, now - stale_s)
         if len(self._heard) > limits.record_book_peers:
-            del self._heard[min(self._heard, key=lambda p: self._heard[p].heard_at)]
+            self._forget_one()
         return record
+
+    def _forget_one(self) -> None:
+        free = [peer for peer in self._heard if peer not in self.pinned] or list(self._heard)
+        del self._heard[min(free, key=lambda peer: self._heard[peer].heard_at)]

@@ -1,0 +1,49 @@
+"""What a peer is given: who it is, what it says and does, and the outside world."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Protocol
+
+from tscale_net.ports import Clock, PeerId, Rng, Transport
+from tscale_net.transfer import Transfers
+from tscale_peers.records import Verify
+
+
+class Author(Protocol):
+    """Who this peer is."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def public_key(self) -> bytes: ...
+
+    def sign(self, domain: bytes, message: bytes) -> bytes: ...
+
+
+@dataclass(slots=True)
+class PeerSettings:
+    """What this peer says and does, beyond the manifest."""
+
+    name: str
+    role: str = "peer"
+    bootstrap: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    """Where others can dial this peer (multiaddrs); empty if it is outbound only."""
+    remembered: tuple[str, ...] = ()
+    """Where peers of this swarm were when this one last ran; dialled at the start, without a word if nobody is there any more."""
+
+
+@dataclass(slots=True)
+class Outside:
+    """Everything of the outside world, injected."""
+
+    transport: Transport
+    transfers: Transfers
+    clock: Clock
+    rng: Rng
+    verify: Verify
+    executor: Executor | None = None
+    """Signature checks and idle meetings run here; None: on the loop (simulation)."""
