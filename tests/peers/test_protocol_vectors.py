@@ -22,7 +22,7 @@ from tscale_peers.assembly import RunTerms
 from tscale_peers.basepoint import Replica
 from tscale_peers.layout import TensorSpec
 from tscale_peers.manifest import RunManifest
-from tscale_peers.messages import Ranges, Records, Summary, decode_ranges, decode_records, decode_summary
+from tscale_peers.messages import Ranges, Records, SetPart, Summary, decode_ranges, decode_records, decode_set_part, decode_summary
 from tscale_peers.packet import Header, Packet, stream_key
 from tscale_peers.records import PeerRecord, open_sealed, seal
 
@@ -84,6 +84,10 @@ FROZEN = {
         "70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b80201000000000000040000"
     ),
     "SUMMARY": "93c420ab4a96f5cd26b57f7c8e47c5243cf6648d2a974b05e23ac5b462e966295b5d97c400c2",
+    "SET_PART": (
+        "94c400c400c4660105020003a107bff3ce10be1d70dd18e74bc09967e4d6309ba50d5f1ddc8664125531b80201000000000000de0201050701030108"
+        "010029acbae141bccaf0b22e1a94d34d0bc7361e526d0bfe12c89794bc9322966dd7010000000000000000020101040000c2"
+    ),
     "record": (
         "b435fe46b0f738cd2d0f8ce489dfff5fc5c643940e48ace7dca67e9007109eb05c18de5aad6af0a959d819a1c83eb800c0489e601b3c2471dcfa1889"
         "16fe2900dc0010c4207cde9fd2d1798a2f4413308944de52ab5796aefa38bfe11936effc5d5475c97bc42003a107bff3ce10be1d70dd18e74bc09967"
@@ -223,6 +227,7 @@ BUILT: dict[str, Callable[[], bytes]] = {
     "snapshot chunk": plain_chunk,
     "HAVE": ranges,
     "SUMMARY": lambda: msgspec.msgpack.encode(Summary(applied().digest(), b"")),
+    "SET_PART": lambda: msgspec.msgpack.encode(SetPart(b"", b"", applied().encode())),
     "record": record,
 }
 
@@ -247,6 +252,7 @@ def test_frozen_bytes_are_read_as_what_they_were_made_from() -> None:
     assert open_sealed(frozen("record"), run.run_id, verify).name == "brave-otter"
     assert decode_ranges(frozen("HAVE"), 3) == [(opened.stream_key, 3, chunk) for chunk in range(3)] + [(opened.stream_key, 4, 0)]
     assert decode_summary(frozen("SUMMARY")).digest == applied().digest()
+    assert decode_set_part(frozen("SET_PART")).applied == applied().encode()
     assert decode_records(msgspec.msgpack.encode(Records([frozen("record")]))) == [frozen("record")]
     assert public_key_of(frozen("peer id").decode()) == frozen("public key")
     assert curve_key_of(frozen("public key")) == frozen("CURVE key")
