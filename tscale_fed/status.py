@@ -155,32 +155,39 @@ def finite(value: float | None) -> float | None:
 
 
 class LossHistory:
-    """A loss curve of bounded length that covers the whole run: when full, every second point is dropped and the stride doubles."""
+    """A loss curve of bounded length that covers the whole run: when full, every second point is dropped and the stride doubles.
+
+    Training losses may be added as often as one likes; held-out losses come rarely, so that of a dropped point moves to the next one kept.
+    """
 
     def __init__(self, longest: int = LOSS_POINTS) -> None:
-        self._longest = longest
+        self._longest = longest + longest % 2
         self._points: list[LossPoint] = []
         self._stride = 1
         self._skipped = 0
-        self._latest: LossPoint | None = None
+        self._newest: LossPoint | None = None
+        """The last point added, if it is not among the kept ones."""
+        self._swarm: float | None = None
 
     def add(self, step: int, train: float | None, swarm: float | None) -> None:
         """Record one point; steps may repeat or fall (a resumed peer)."""
-        self._latest = LossPoint(step, finite(train), finite(swarm))
+        known = finite(swarm)
+        self._swarm = self._swarm if known is None else known
+        point = LossPoint(step, finite(train), self._swarm)
         self._skipped += 1
         if self._skipped < self._stride:
+            self._newest = point
             return
-        self._skipped = 0
-        self._points.append(self._latest)
-        if len(self._points) >= self._longest:
-            self._points = self._points[1::2]
+        self._skipped, self._newest, self._swarm = 0, None, None
+        self._points.append(point)
+        if len(self._points) == self._longest:
+            pairs = zip(self._points[::2], self._points[1::2], strict=True)
+            self._points = [LossPoint(kept.step, kept.train, lost.swarm if kept.swarm is None else kept.swarm) for lost, kept in pairs]
             self._stride *= 2
 
     def points(self) -> list[LossPoint]:
         """The kept points, oldest first, and always the newest one."""
-        if self._latest is None or (self._points and self._points[-1] is self._latest):
-            return list(self._points)
-        return [*self._points, self._latest]
+        return list(self._points) if self._newest is None else [*self._points, self._newest]
 
 
 class EventHistory:

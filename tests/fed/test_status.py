@@ -59,6 +59,14 @@ def test_loss_history_is_bounded_and_covers_the_run(count: int) -> None:
         assert steps[0] < count / 2, "the start of the run stays visible"
 
 
+def test_rare_held_out_losses_survive_among_many_training_losses() -> None:
+    history = LossHistory(longest=16)
+    for step in range(1000):
+        history.add(step, 1.0, float(step) if step % 100 == 0 else None)
+    kept = [point.swarm for point in history.points() if point.swarm is not None]
+    assert len(history.points()) <= 17 and kept == sorted(kept) and kept[-1] == 900.0 and len(kept) >= 4
+
+
 def test_histories_stay_within_the_stated_limits() -> None:
     losses, events = LossHistory(), EventHistory()
     for index in range(5000):

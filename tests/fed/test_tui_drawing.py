@@ -62,7 +62,8 @@ def test_zoom_keeps_the_newest(series: list[LossPoint], fraction: float) -> None
 
 
 def test_fit_drops_the_least_important_parts() -> None:
-    assert fit(["ab", "cd", "ef"], 6) == "ab  cd" and fit(["ab", "cd"], 5) == "ab" and fit(["abc"], 2) == "ab" and fit([], 5) == ""
+    assert fit(["ab", "cd", "ef"], 6) == "ab  cd" and fit(["ab", "cd", "ef", "g"], 10) == "ab  cd  ef" and fit([], 5) == ""
+    assert fit(["ab", "cde"], 5) == "ab  c" and fit(["abc"], 2) == "ab", "the first two are cut"
 
 
 @pytest.mark.parametrize(

@@ -33,9 +33,9 @@ class Curve:
 
 
 def fit(parts: Sequence[str], width: int, gap: str = "  ") -> str:
-    """As many parts, in order, as fit into `width` characters; the first one is cut if it alone is too long."""
-    text = parts[0][:width] if parts else ""
-    for part in parts[1:]:
+    """As many parts, in order, as fit into `width` characters; the first two (a label, what matters most) are cut rather than left out."""
+    text = gap.join(parts[:2])[:width]
+    for part in parts[2:]:
         if len(text) + len(gap) + len(part) > width:
             break
         text += gap + part
