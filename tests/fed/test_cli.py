@@ -146,6 +146,23 @@ def test_a_bug_keeps_its_traceback_in_a_file(
         cli.run_command("tscale", "raising", argparse.Namespace(debug=True))
 
 
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    program = (
+        "import sys, types, argparse\nfrom tscale_fed import cli\nmodule = types.ModuleType('m')\n"
+        "def run(arguments):\n    for _ in range(100000): print('x' * 100)\n    return 0\n"
+        "module.run = run\nsys.modules['tscale_fed.commands.m'] = module\nsys.exit(cli.run_command('tscale', 'm', argparse.Namespace()))"
+    )
+    paths = ":".join(path for path in sys.path if path)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={"PYTHONPATH": paths}
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_success_is_0(raising: dict[str, BaseException]) -> None:
     assert cli.run_command("tscale", "raising", argparse.Namespace()) == 0
 
