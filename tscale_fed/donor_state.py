@@ -18,8 +18,8 @@ OWN_STEPS = "own_steps"
 HEADER_BYTES_PER_TENSOR = 256
 """Name, type, shape and offsets in the safetensors header, generously."""
 HEADER_BYTES = 4096
-MAX_OWN_STEPS = 10**12
-"""Nobody makes more steps than this; a larger count is a lie that would freeze the momentum."""
+MAX_OWN_STEPS = 10**7
+"""Nobody makes more steps than this; there momentum averages 6000 steps, and a larger count is a lie that would freeze it."""
 
 
 def encode(second_moments: Mapping[str, torch.Tensor], own_steps: int) -> bytes:

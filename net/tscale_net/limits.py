@@ -139,6 +139,8 @@ BLOB_NAME_CHARACTERS = 200
 HASHES_PER_PAGE = 4096
 """128 KiB of hashes per message."""
 WINDOW_START_CHUNKS = 4
+STRAY_CHUNKS = 64
+"""Chunks nobody asked for that a source may send in one transfer: what can be under way when a slow transfer is opened anew."""
 WINDOW_MIN_CHUNKS = 2
 WINDOW_MAX_CHUNKS = 32
 """8 MiB in flight from one source: 80 MB/s at 100 ms."""

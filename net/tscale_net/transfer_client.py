@@ -211,6 +211,7 @@ class Fetch:
 
     async def _pull(self, box: Mailbox, assembly: Assembly, got: list[int]) -> None:
         window = limits.WINDOW_START_CHUNKS
+        strays = 0
         asked: dict[int, float] = {}
         try:
             while not assembly.complete:
@@ -226,7 +227,11 @@ class Fetch:
                     continue
                 chunk = await self._answer(box, ChunkCame, limits.CHUNK_TIMEOUT_S)
                 if chunk.index not in asked:
-                    raise Refused("bad-message", f"it sent chunk {chunk.index} without being asked.")
+                    # After a timeout on a slow link the transfer is opened anew while old chunks are still on their way.
+                    strays += 1
+                    if strays > limits.STRAY_CHUNKS:
+                        raise Refused("bad-message", f"it sent chunk {chunk.index} without being asked.")
+                    continue
                 took_s = self._clock.now() - asked.pop(chunk.index)
                 assembly.put(chunk.index, chunk.data)
                 got.append(chunk.index)

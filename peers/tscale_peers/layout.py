@@ -3,8 +3,8 @@
 Enters: a list of matrices in canonical order. Leaves: tensors' offsets; chunks of at most `chunk_params` values.
 Rule: the flat vector is the tensors one after the other, row-major. A chunk is a contiguous slice made of whole rows: big tensors are cut
 between rows, small ones share a chunk. A packet carries one chunk, so a row and its scale always travel together.
-Each tensor has its own unit u = 2**unit_exponent, absolute and fixed in the manifest: the basepoint holds integer multiples of it. About
-2**-18 of the row's root mean square keeps rounding far below the one-bit error and leaves 4096 times the weight's size as head-room.
+Each tensor has its own unit u = 2**unit_exponent, absolute and fixed in the manifest: the basepoint holds integer multiples of it. It must be
+far finer than one step of the swarm, so that rounding stays below the one-bit error, and coarse enough that weights fit 2**30 units.
 """
 
 from __future__ import annotations
@@ -18,11 +18,6 @@ import msgspec
 from torch import Tensor
 
 from tscale_peers.errors import refuse
-
-UNIT_BITS_BELOW_RMS = 18
-"""unit = 2**-18 of the root mean square, rounded down to a power of two."""
-LEAST_UNIT_EXPONENT = -40
-"""Below this a unit says nothing about fp32 weights."""
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -125,13 +120,6 @@ class Layout:
         """Names of the tensors in a chunk, for people."""
         names = [self.specs[segment.tensor].name for segment in chunk.segments]
         return names[0] if len(names) == 1 else f"{names[0]}..{names[-1]}"
-
-
-def unit_exponent_for(rms: float) -> int:
-    """Exponent of the recommended unit for weights of this root mean square (of a typical row, and not zero)."""
-    if not (math.isfinite(rms) and rms > 0):
-        raise ValueError(f"rms must be positive, not {rms}: a matrix that starts at zero takes the rms it is expected to reach")
-    return max(LEAST_UNIT_EXPONENT, math.frexp(rms)[1] - 1 - UNIT_BITS_BELOW_RMS)
 
 
 def _check(spec: TensorSpec, chunk_params: int) -> None:

@@ -20,7 +20,7 @@ from tscale_peers.layout import Layout, TensorSpec
 from tscale_peers.packet import Terms
 
 MANIFEST_VERSION = 1
-MAX_MANIFEST_BYTES = 4 << 20
+MAX_MANIFEST_BYTES = 16 << 20
 """A manifest lists every tensor (about 40 bytes each) and every data shard (about 100 bytes each)."""
 MAX_PARAMETERS = 1 << 37
 """Half a terabyte of int32: larger is a lie or a mistake, refused before anything is allocated."""
@@ -158,8 +158,8 @@ def _faults(m: RunManifest) -> list[tuple[bool, str]]:
         (not math.isfinite(m.created_unix), "created_unix must be a number"),
         (not 1 <= m.publish_every_steps <= MAX_COUNT, "publish_every_steps must be at least 1"),
         (not 1 <= m.budget_batches <= MAX_COUNT, "budget_batches must be at least 1"),
-        (not _within(m.rule.share_scale, 0.0, 8.0), "rule.share_scale must lie in (0, 8]"),
-        (not _within(m.limits.max_coefficient, 0.0, 8.0), "limits.max_coefficient must lie in (0, 8]"),
+        (not _within(m.rule.share_scale, 0.0, 1.0), "rule.share_scale must lie in (0, 1]: above it the swarm diverges"),
+        (not _within(m.limits.max_coefficient, 0.0, 1.0), "limits.max_coefficient must lie in (0, 1]: no author leaks more than all"),
         (not 1 <= m.limits.max_streams <= 1 << 16, "limits.max_streams must lie in 1..65536"),
         (
             m.limits.max_streams * chunks > MAX_STREAM_CHUNKS,

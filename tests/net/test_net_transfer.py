@@ -223,7 +223,7 @@ LIES: dict[str, tuple[Kind, Callable[[Frame], Frame | None], str]] = {
     "corrupt chunk": (Kind.BLOB_CHUNK, corrupt, "corrupt-chunk"),
     "short chunk": (Kind.BLOB_CHUNK, lambda frame: Frame(frame.peer, frame.kind, frame.body[:-1], frame.channel), "corrupt-chunk"),
     "long chunk": (Kind.BLOB_CHUNK, lambda frame: Frame(frame.peer, frame.kind, frame.body + b"x", frame.channel), "corrupt-chunk"),
-    "unasked chunk": (Kind.BLOB_CHUNK, lambda frame: corrupt(frame, 9), "bad-message"),
+    "unasked chunk": (Kind.BLOB_CHUNK, lambda frame: corrupt(frame, 9), "did not answer"),  # a few may be late ones of an earlier try
     "corrupt hashes": (Kind.BLOB_HASHES, corrupt, "corrupt-chunk"),
 }
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tscale_net.errors import Refused
-from tscale_peers.layout import Layout, TensorSpec, unit_exponent_for
+from tscale_peers.layout import Layout, TensorSpec
 
 shapes = st.lists(st.tuples(st.integers(1, 40), st.sampled_from([8, 16, 64, 128])), min_size=1, max_size=8)
 
@@ -54,10 +54,3 @@ def test_tensors_that_cannot_be_cut_are_refused_by_name(spec: TensorSpec) -> Non
 def test_no_tensors_is_refused() -> None:
     with pytest.raises(Refused):
         Layout.build([], 128)
-
-
-def test_unit_is_a_power_of_two_far_below_the_weights() -> None:
-    assert unit_exponent_for(1.0) == -18
-    assert unit_exponent_for(0.05) == -23  # 2**-5 = 0.031 is the power of two below
-    with pytest.raises(ValueError, match="starts at zero"):
-        unit_exponent_for(0.0)
