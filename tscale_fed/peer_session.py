@@ -18,6 +18,7 @@ from torch import Tensor
 from tscale_fed.assembly import build_evaluator
 from tscale_fed.control import Command
 from tscale_fed.data.serving import DataServer
+from tscale_fed.evaluate import Evaluation
 from tscale_fed.find_run import FoundRun
 from tscale_fed.ground import Ground
 from tscale_fed.limits import DONOR_STATE_S, LINGER_S, NEIGHBOURS_S, STATUS_INTERVAL_S
@@ -47,9 +48,12 @@ class PeerSession:
         self.phase: Phase = "joining"
         self.stop = stop
         self.losses = LossHistory()
+        self.displacement = math.nan
+        """Norm of the displacement over the norm of the basepoint, at the last evaluation."""
         self.snapshot_progress: tuple[int, int] | None = None
         """Bytes here and in all while a snapshot is being fetched."""
-        threads = ground.arguments.threads or found.config.device.threads or default_threads(built.device.torch_device, beside_event_loop=True)
+        wished = ground.arguments.threads or found.config.device.threads
+        threads = wished or default_threads(built.device.torch_device, beside_event_loop=True)
         self.training = TrainingThread(built.trainer, ground.clock, Priority(threads), self._meet)
         self._evaluator = build_evaluator(found.recipe, found.data, found.config.eval, built.device, ground.clock)
         self._welcomed = False
@@ -174,7 +178,8 @@ class PeerSession:
     async def _train(self) -> None:
         batch, manifest = self.found.recipe.batch, self.found.manifest
         tokens = batch.fragments * batch.accumulate * batch.length
-        self.ground.console.say(f"{self.built.device.reason}  plan: {tokens} tokens a step, a delta every {manifest.publish_every_steps} steps")
+        plan = f"plan: {tokens} tokens a step, a delta every {manifest.publish_every_steps} steps"
+        self.ground.console.say(f"{self.built.device.reason}  {plan}")
         self.built.peer.training_active = True
         await self.built.peer.off_loop(lambda: None)  # an idle meeting that has begun ends before the first step
         self.phase = "training"
@@ -198,11 +203,10 @@ class PeerSession:
         peer = self.built.peer
         met = peer.meeting.meet(progress_of(trainer, trained=True))
         trainer.scale_momentum(met.momentum_keep)
-        published = self.built.replica.applied.batches.get(peer.meeting.exchange.stream_key, 0)
-        trainer.tell_swarm_batches(peer.swarm_batches() - published + trainer.steps)
+        trainer.tell_swarm_batches(peer.others_batches() + trainer.steps)
 
     async def _meet_if_paused(self) -> None:
-        """While training stands still, what others publish is applied all the same; on the training thread, so no step can begin meanwhile."""
+        """While training stands still, what others publish is applied all the same; on the training thread, so no step begins meanwhile."""
         if self.training.report.paused:
             await self.training.call(lambda trainer: self.built.peer.meeting.meet_idle())
 
@@ -227,8 +231,13 @@ class PeerSession:
             await work()
 
     async def _evaluate(self) -> None:
-        """Held-out loss of the basepoint, between two steps."""
-        evaluation = await self.training.call(lambda trainer: self._evaluator.loss(self.built.replica.weights()))
+        """Held-out loss of the basepoint, and how large the unpublished work is beside it, between two steps."""
+
+        def measure(_: Trainer) -> tuple[Evaluation, float]:
+            basepoint = self.built.replica.weights()
+            return self._evaluator.loss(basepoint), self.built.peer.meeting.displacement_norm() / max(float(basepoint.norm()), 1e-30)
+
+        evaluation, self.displacement = await self.training.call(measure)
         self.built.peer.swarm_loss = evaluation.loss
         self.losses.add(self.built.trainer.steps, self.training.report.loss_average, evaluation.loss)
 
@@ -244,7 +253,8 @@ class PeerSession:
         peer = self.built.peer
         if not self._welcomed and peer.published and peer.linked and not peer.unheld():
             self._welcomed = True
-            self.ground.console.say(f"✓ your first delta is in: {len(peer.linked)} peers are linked, weight {peer.share():.0%}. You are useful.")
+            linked = f"{len(peer.linked)} peer{'s are' if len(peer.linked) > 1 else ' is'} linked"
+            self.ground.console.say(f"✓ your first delta is in: {linked}, weight {peer.share():.0%}. You are useful.")
 
     # -- saving and leaving ------------------------------------------------------------------------------------------
 

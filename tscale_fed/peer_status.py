@@ -29,6 +29,8 @@ def status_of(session: PeerSession) -> Status:
     report = session.training.report
     live = peer.membership.live()
     agreement = peer.agreement
+    present = {record.peer for record in live}
+    compared = present & (agreement.agreeing.keys() | agreement.differing.keys())
     state = peer.state
     received = session.snapshot_progress
     return Status(
@@ -53,13 +55,14 @@ def status_of(session: PeerSession) -> Status:
         basepoint_hash=state[1].hex(),
         applied_digest=state[0].hex(),
         recent=recent_states(list(built.replica.recent)),
-        agreeing_peers=len(agreement.agreeing) if agreement.agreeing or agreement.differing else None,
-        compared_peers=len(agreement.agreeing.keys() | agreement.differing.keys()) or None,
+        agreeing_peers=len(present & agreement.agreeing.keys()) if compared else None,
+        compared_peers=len(compared) or None,
         busy_fraction=finite(report.busy_fraction) if report.running else None,
         tokens_per_s=finite(report.tokens_per_s),
         swarm_tokens_per_s=report.tokens_per_s + sum(r.tokens_per_s for r in live),
         rate=report.rate,
         share=peer.share(),
+        displacement=finite(session.displacement),
         steps_since_publish=peer.meeting.steps_since_publish,
         publish_every_steps=found.manifest.publish_every_steps,
         peers=_rows(session),

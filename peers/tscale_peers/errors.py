@@ -9,6 +9,17 @@ from __future__ import annotations
 from tscale_net.errors import Refused
 
 REASONS: dict[str, str] = {
+    # manifest, records, gossip
+    "bad-manifest": "A run manifest that cannot be read or holds what no run can have; ask another peer, or update the older program.",
+    "bad-record": "A peer's word about itself that cannot be read or is out of range.",
+    "bad-message": "A gossip message that cannot be read or exceeds its limits; the sender runs other software.",
+    "unknown-kind": "A message of a kind that this program does not know; update the older side.",
+    "flood": "A peer sends more packets than anybody asked it for.",
+    "equivocation": "An author signed two different packets with one number; the first one counts.",
+    "hash-mismatch": "A peer has the same deltas but other bits: one of the two replicas is wrong.",
+    "no-run": "The peer that was asked has not joined a run itself yet.",
+    "no-snapshot": "No linked peer could give a chunk of the snapshot; check the link or give another --bootstrap.",
+    # layout, packets, replica
     "bad-layout": "The list of tensors cannot be cut into chunks; the run manifest is wrong.",
     "packet-truncated": "A packet ends before its parts do; the sender's program or disk is faulty.",
     "packet-oversized": "A packet is longer than its chunk and codec allow; the sender runs other software.",

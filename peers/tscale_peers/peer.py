@@ -122,8 +122,15 @@ class SwarmPeer:
 
     def swarm_batches(self) -> int:
         """Batches whose deltas are in the basepoint, as far as the authors' packets bear them out."""
+        return self._count_batches(b"")
+
+    def others_batches(self) -> int:
+        """The same without those of this peer's own stream."""
+        return self._count_batches(self.meeting.exchange.stream_key)
+
+    def _count_batches(self, without: bytes) -> int:
         most = limits.batches_per_publication * self.meeting.publish_every_steps
-        return min(self.meeting.replica.applied.total_batches(most), limits.count_max)
+        return min(self.meeting.replica.applied.total_batches(most, without), limits.count_max)
 
     def unheld(self) -> int:
         """How many own packets no neighbour is known to hold yet."""
