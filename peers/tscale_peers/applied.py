@@ -135,12 +135,13 @@ class AppliedSet:
         """Batches per stream."""
         return {key: stream.batches for key, stream in list(self.streams.items())}
 
-    def total_batches(self, most_per_packet: int | None = None) -> int:
+    def total_batches(self, most_per_packet: int | None = None, without: bytes = b"") -> int:
         """Batches of the whole swarm, as far as its packets have come here. Safe from any thread.
 
         Authors state their batches themselves; with `most_per_packet` a stream counts for at most that many times its packets of chunk 0.
+        `without`: a stream that is left out.
         """
-        streams = list(self.streams.values())
+        streams = [stream for key, stream in list(self.streams.items()) if key != without]
         return sum(s.batches if most_per_packet is None else s.counted_batches(most_per_packet) for s in streams)
 
     def __len__(self) -> int:

@@ -189,12 +189,16 @@ class Gossip:
         for key in keys:
             if kind == HAVE:
                 self._holds(key, peer)
-                if not self.known.contains(*key):
+                if self._welcomes(key[0]) and not self.known.contains(*key):
                     self._wants.offer(key, peer)
             elif kind == WANT:
                 neighbour.ask(key)
             else:
                 self._wants.denies(key, peer)
+
+    def _welcomes(self, stream_key: bytes) -> bool:
+        """Is there room for this stream? What would be refused is not fetched."""
+        return stream_key in self.known.streams or len(self.known) < self.known.max_streams
 
     # -- comparing ---------------------------------------------------------------------------------------------------
 
@@ -212,7 +216,8 @@ class Gossip:
             raise Refused("flood", "sets of packets are told more often than they can change")
         theirs = between(AppliedSet.decode(encoded, self._chunks, self.known.max_streams), first, end)
         ours = between(self.known, first, end)
-        lacking = list(_keys(ours.missing_from(theirs), limits.anti_entropy_keys))
+        welcome = (part for part in ours.missing_from(theirs) if self._welcomes(part[0]))
+        lacking = list(_keys(welcome, limits.anti_entropy_keys))
         taken = [self._wants.offer(key, peer) for key in lacking]
         for key in _keys(theirs.missing_from(ours), limits.anti_entropy_keys):
             if self._store.holds(key):

@@ -74,7 +74,7 @@ class Intake:
         self._log.append(body, key)
         self._gossip.known.add(*key)
         self._gossip.accepted([key], source)
-        self._meeting.offer(key, body)
+        self._meeting.offer(key, packet, len(body))
         return True
 
     def reject(self, body: bytes, source: PeerId, blame: bool = True) -> None:

@@ -75,7 +75,8 @@ class MeetingPoint:
         self.publish_every_steps = publish_every_steps
         self._clock = clock
         self._decode = decode
-        self._inbox: deque[tuple[Key, bytes | None]] = deque()
+        self._inbox: deque[tuple[Key, Packet | None, int]] = deque()
+        """Key; the packet, and its bytes in memory, or None and 0 if it is read back from the log."""
         self._inbox_bytes = 0
         self._inbox_lock = threading.Lock()
         self._lock = threading.RLock()
@@ -84,14 +85,14 @@ class MeetingPoint:
         self._hash_cost_s = 0.0
         self._hash_after = 0.0
 
-    def offer(self, key: Key, body: bytes | None = None) -> None:
-        """A packet that is checked and in the log, to be applied at the next meeting. Any thread. Beyond `inbox_bytes` only its key is
-        kept, and it is read back from the log."""
+    def offer(self, key: Key, packet: Packet | None = None, nbytes: int = 0) -> None:
+        """A packet that is checked and in the log, to be applied at the next meeting; nbytes: what it takes in memory. Any thread. Beyond
+        `inbox_bytes` only its key is kept, and it is read back from the log."""
         with self._inbox_lock:
-            if body is not None and self._inbox_bytes + len(body) > limits.inbox_bytes:
-                body = None
-            self._inbox.append((key, body))
-            self._inbox_bytes += len(body) if body is not None else 0
+            if packet is None or self._inbox_bytes + nbytes > limits.inbox_bytes:
+                packet, nbytes = None, 0
+            self._inbox.append((key, packet, nbytes))
+            self._inbox_bytes += nbytes
 
     @property
     def steps_since_publish(self) -> int:
@@ -118,6 +119,8 @@ class MeetingPoint:
             receipts, lost = self._receive()
             due = self.may_publish and progress.steps - self._published_at_step >= self.publish_every_steps
             published, keep, withheld = self._publish(progress, self.share) if due else ((), 1.0, None)
+            if withheld is not None and withheld.code == "not-finite":
+                raise withheld
             met = Met(progress, receipts, published, keep, self._state(forced=False), lost, withheld)
         self.post(met)
         return met
@@ -195,13 +198,16 @@ class MeetingPoint:
         taken = size = 0
         while taken < most and size < limits.inbox_bytes:
             with self._inbox_lock:
-                key, body = self._inbox.popleft()
-                self._inbox_bytes -= len(body) if body is not None else 0
+                key, packet, nbytes = self._inbox.popleft()
+                self._inbox_bytes -= nbytes
             taken += 1
-            body = body if body is not None else self._store.get(key)
-            if body is not None:
-                size += len(body)
-                packets.append(self._decode(body))
+            if packet is None:
+                body = self._store.get(key)
+                if body is None:
+                    continue
+                packet, nbytes = self._decode(body), len(body)
+            size += nbytes
+            packets.append(packet)
         return taken, packets
 
     def _publish(self, progress: Progress, share: float) -> tuple[tuple[tuple[Key, bytes], ...], float, Refused | None]:
@@ -210,10 +216,9 @@ class MeetingPoint:
         try:
             bodies, keep = self.exchange.publish(progress.batches, share)
         except Refused as refusal:
-            if refusal.code == "not-finite":
-                raise
             return (), 1.0, refusal
-        return tuple((self._decode(body).key, body) for body in bodies), keep, None
+        keys = [Packet.peek_key(body) for body in bodies]
+        return tuple((key, body) for key, body in zip(keys, bodies, strict=True) if key is not None), keep, None
 
     def _state(self, forced: bool) -> tuple[bytes, bytes] | None:
         now = self._clock.now()

@@ -107,8 +107,9 @@ class Membership:
         """Re-judge everybody; returns what changed since the last tick."""
         stretch = self.heartbeat_s() / limits.heartbeat_s
         changes = []
-        for forgotten in [peer for peer in self._state if peer not in self.book]:
-            del self._state[forgotten]
+        if len(self._state) >= len(self.book):  # all but this peer itself have a state
+            for forgotten in [peer for peer in self._state if peer not in self.book]:
+                del self._state[forgotten]
         for heard in self.book.all():
             peer = heard.record.peer
             if peer == self.me:

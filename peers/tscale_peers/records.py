@@ -131,6 +131,8 @@ class RecordBook:
         self._run = run
         self._verify = verify
         self._heard: dict[PeerId, Heard] = {}
+        self._sealed: set[bytes] = set()
+        """Bytes of the records in the book: most of what neighbours tell is known, and need not be read again."""
         self.pinned: set[PeerId] = set()
 
     def __len__(self) -> int:
@@ -151,6 +153,8 @@ class RecordBook:
         wall: Unix time. A record that is older than `record_old_s` by its own date counts as heard that much earlier: who tells a newcomer
         of peers long gone does not make them live.
         """
+        if sealed in self._sealed:
+            return None
         record, body, signature = read_unverified(sealed, self._run)
         peer = record.peer
         before = self._heard.get(peer)
@@ -159,12 +163,17 @@ class RecordBook:
         if not self._verify(record.public_key, DOMAIN, body, signature):
             raise Refused("bad-signature", "a peer record with a bad signature")
         stale_s = max(0.0, wall - record.created_unix - limits.record_old_s) if wall is not None else 0.0
-        self._heard.pop(peer, None)
+        if before is not None:
+            self._forget(peer)
         self._heard[peer] = Heard(record, sealed, now - stale_s)
+        self._sealed.add(sealed)
         if len(self._heard) > limits.record_book_peers:
             self._forget_one()
         return record
 
     def _forget_one(self) -> None:
         free = [peer for peer in self._heard if peer not in self.pinned] or list(self._heard)
-        del self._heard[min(free, key=lambda peer: self._heard[peer].heard_at)]
+        self._forget(min(free, key=lambda peer: self._heard[peer].heard_at))
+
+    def _forget(self, peer: PeerId) -> None:
+        self._sealed.discard(self._heard.pop(peer).sealed)

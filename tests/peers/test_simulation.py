@@ -93,8 +93,8 @@ def test_four_peers_agree_and_each_moves_with_everybodys_work() -> None:
 
 def test_64_peers_one_trace_per_seed() -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
-        await founded(swarm, 63, step_s=4.0)
-        await swarm.clock.sleep(18)
+        await founded(swarm, 63, step_s=2.0)
+        await swarm.clock.sleep(10)
         assert all(len(peer.membership.live()) == 63 for peer in swarm.living()), "everybody knows everybody"
         assert max(len(peer.linked) for peer in swarm.living()[1:]) <= 3 * limits.links_target, "the overlay stays sparse"
         await all_equal(swarm)
@@ -113,7 +113,7 @@ def test_another_seed_gives_another_trace() -> None:
 
 def test_a_partition_goes_on_in_both_halves_and_heals() -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
-        await founded(swarm, 8)
+        await founded(swarm, 8, step_s=2.0)
         await swarm.clock.sleep(15)
         ids = [sim.author.peer_id for sim in swarm.peers]
         before = [peer.published for peer in swarm.living()]
