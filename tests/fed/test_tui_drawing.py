@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tscale_fed.status import LossPoint
-from tscale_fed.tui.drawing import NO_CURVE, SWARM, TRAIN, fit, loss_curve, sparkline, zoom
+from tscale_fed.tui.drawing import NO_CURVE, SWARM, TRAIN, fit, loss_curve, zoom
 
 
 def lines(points: list[LossPoint], columns: int, rows: int) -> list[str]:
@@ -64,11 +63,3 @@ def test_zoom_keeps_the_newest(series: list[LossPoint], fraction: float) -> None
 def test_fit_drops_the_least_important_parts() -> None:
     assert fit(["ab", "cd", "ef"], 6) == "ab  cd" and fit(["ab", "cd", "ef", "g"], 10) == "ab  cd  ef" and fit([], 5) == ""
     assert fit(["ab", "cde"], 5) == "ab  c" and fit(["abc"], 2) == "ab", "the first two are cut"
-
-
-@pytest.mark.parametrize(
-    ("values", "text"), [([], ""), ([1.0], "▁"), ([0.0, 1.0], "▁█"), ([5, 5, 5], "▁▁▁"), (list(range(20)), "▁▂▃▄▄▅▆▇█"[:0])]
-)
-def test_sparkline(values: list[float], text: str) -> None:
-    drawn = sparkline(values, 8)
-    assert drawn == text if text or not values else (len(drawn) == 8 and drawn[0] == "▁" and drawn[-1] == "█")

@@ -15,7 +15,6 @@ DOTS_DOWN = 4
 _BRAILLE = 0x2800
 _DOT_BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bit of the dot in row 0..3, column 0..1 (Unicode block Braille Patterns)."""
-_SPARK = "▁▂▃▄▅▆▇█"
 
 NO_CURVE, TRAIN, SWARM = 0, 1, 2
 """Which curve a character belongs to, for its colour; the swarm's wins where both pass."""
@@ -40,16 +39,6 @@ def fit(parts: Sequence[str], width: int, gap: str = "  ") -> str:
             break
         text += gap + part
     return text
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The last `width` values as bars of eight heights, lowest to highest of what is shown."""
-    shown = list(values)[-width:] if width > 0 else []
-    if not shown:
-        return ""
-    low, high = min(shown), max(shown)
-    scale = (len(_SPARK) - 1) / (high - low) if high > low else 0.0
-    return "".join(_SPARK[round((value - low) * scale)] for value in shown)
 
 
 def zoom(points: Sequence[LossPoint], fraction: float) -> list[LossPoint]:
