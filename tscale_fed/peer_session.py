@@ -245,6 +245,8 @@ class PeerSession:
         from tscale_fed.peer_status import status_of
 
         while True:
+            report = self.training.report
+            self.losses.add(report.steps, report.loss_average, None)
             self.ground.console.status(status_of(self))
             self._welcome()
             await self.ground.clock.sleep(STATUS_INTERVAL_S)

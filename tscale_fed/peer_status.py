@@ -112,6 +112,8 @@ def _wire(session: PeerSession) -> Wire:
     return Wire(
         up_bytes=peer.traffic.up_bytes,
         down_bytes=peer.traffic.down_bytes,
+        up_bytes_per_s=peer.traffic.up.per_s,
+        down_bytes_per_s=peer.traffic.down.per_s,
         bytes_per_param=peer.published_bytes / session.built.replica.layout.size if peer.published_bytes else None,
         deltas_sent=peer.published,
         deltas_applied=peer.applied // len(session.built.replica.layout.chunks),

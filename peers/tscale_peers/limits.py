@@ -128,6 +128,8 @@ log_retry_s = 10.0
 """Nothing is pulled for so long after the log could not be written: a full disk does not empty itself within a second."""
 rate_time_constant_s = 30.0
 """Average of tokens per second: a few publications long."""
+traffic_time_constant_s = 10.0
+"""Average of bytes per second that people see."""
 min_share = 0.01
 """Floor of phi: a joiner's rate starts at 0 and its first packets must still count."""
 

@@ -34,9 +34,11 @@ class NoticeBoard:
         self._shown: OrderedDict[tuple[str, str], tuple[float, int]] = OrderedDict()
         """(code, who) -> when it was shown last, how often it was refused unseen since."""
 
-    def tell(self, kind: str, text: str) -> None:
+    def tell(self, kind: str, text: str, keep: bool = True) -> None:
+        """Show a notice; `keep` it unless it comes so often that it would push the others out."""
         notice = Notice(self._clock.wall(), kind, text)
-        self.notices.append(notice)
+        if keep:
+            self.notices.append(notice)
         self._show(notice)
 
     def refuse(self, refusal: Refused, who: str) -> None:

@@ -281,7 +281,7 @@ class SwarmPeer:
         self._do(self.gossip.published(list(met.published)))
         self.last_delta_at[self.author.peer_id] = self.outside.clock.now()
         self.published_bytes = sum(len(body) for _, body in met.published)
-        self.board.tell("published", f"delta {met.published[0][0][1]}: {self.published_bytes} bytes")
+        self.board.tell("published", f"delta {met.published[0][0][1]}: {self.published_bytes} bytes", keep=False)
         self._want_flush()
 
     def _measure_rate(self, met: Met) -> None:
@@ -317,7 +317,7 @@ class SwarmPeer:
             self._idle_meeting = tasks.create_task(self._meet_idle())
         self._do(self.gossip.tick(now))
         self.flush()
-        self.traffic.note(self.outside.transport.links())
+        self.traffic.note(self.outside.transport.links(), now)
         need = self.gossip.unobtainable()
         if need is not None:
             self.reload_chunks(need)

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 from tscale_net.ports import LinkInfo, PeerId
 
+from tscale_peers import limits
+from tscale_peers.share import RateAverage
+
 
 @dataclass(slots=True)
 class Traffic:
@@ -17,10 +20,21 @@ class Traffic:
 
     up_bytes: int = 0
     down_bytes: int = 0
+    up: RateAverage = field(default_factory=lambda: RateAverage(limits.traffic_time_constant_s))
+    down: RateAverage = field(default_factory=lambda: RateAverage(limits.traffic_time_constant_s))
     _seen: dict[PeerId, tuple[int, int]] = field(default_factory=dict)
+    _noted_at: float | None = None
 
-    def note(self, links: Iterable[LinkInfo]) -> None:
+    def note(self, links: Iterable[LinkInfo], now: float) -> None:
         """Take in the present counters."""
+        before = (self.up_bytes, self.down_bytes)
+        self._count(links)
+        if self._noted_at is not None:
+            self.up.add(self.up_bytes - before[0], now - self._noted_at)
+            self.down.add(self.down_bytes - before[1], now - self._noted_at)
+        self._noted_at = now
+
+    def _count(self, links: Iterable[LinkInfo]) -> None:
         seen = {}
         for link in links:
             up, down = self._seen.get(link.peer, (0, 0))
