@@ -35,6 +35,8 @@ STEP_DIGITS = 10
 _FINISHED = re.compile(rf"checkpoint-(\d{{{STEP_DIGITS}}})(?:\.(\d+))?")
 _UNFINISHED_PREFIX = ".unfinished-"
 _BLOB_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Disk, quota, or the limit of a file's size."""
 SPARE_BYTES = 1 << 20
 """Room asked for beyond the tensors and byte strings: headers, facts, file system blocks."""
 
@@ -163,7 +165,7 @@ class CheckpointStore:
         kept = self.paths()
         held = f"the one before it ({kept[-1].name}) is kept" if kept else "there is none before it"
         number = error.errno if isinstance(error, OSError) else None
-        full = number in (errno.ENOSPC, errno.EDQUOT) or f"os error {errno.ENOSPC}" in str(error)
+        full = number in _FULL or any(f"os error {code})" in str(error) for code in _FULL)
         if full:
             what = f"checkpoint not written, the disk of {self.folder} is full ({_reason(error)}): free some space"
             return Refused("disk-full", f"{what}; {held}")

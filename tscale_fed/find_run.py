@@ -56,19 +56,12 @@ async def find_run(ground: Ground, config: RunConfig | None) -> FoundRun:
 
 
 async def _find(ground: Ground, config: RunConfig | None) -> FoundRun:
-    arguments = ground.arguments
     known = known_manifest(ground.home)
-    if known is None and config is not None and arguments.bootstrap:
-        raise Refused("two-runs", "this home holds no run yet: --config would start a new one, --bootstrap would join another; leave one of them out")
     if known is not None:
         await _greet(ground, known)
     if config is not None:
         return await _from_config(ground, config, known)
     if known is None:
-        if not arguments.bootstrap:
-            raise Refused(
-                "no-run", "this home holds no run yet: join one with --bootstrap HOST:PORT, or start one with --role seed --config configs/demo-cpu.toml"
-            )
         known = await _learn(ground)
         remember_manifest(ground.home, known)
     return await _with_data(ground, known)
@@ -77,15 +70,23 @@ async def _find(ground: Ground, config: RunConfig | None) -> FoundRun:
 async def _greet(ground: Ground, known: RunManifest) -> None:
     """Dial the given addresses for a home that has its run already. Who does not answer is tried again while training goes on; an address
     that belongs to another run or another peer than its user thinks ends the start. Raises Refused naming it."""
-    transport = ground.outside.transport
-    for address in ground.arguments.bootstrap:
-        try:
-            await transport.dial(address)
-        except Refused as refusal:
-            if refusal.code not in NOT_NOW:
-                hint = f" This home ({ground.home.path}) holds run {known.name}: name another --home to join." if refusal.code == "wrong-run" else ""
-                raise Refused(refusal.code, f"{address}: {refusal.detail}{hint}") from None
+    tries = [_try(ground, address, known) for address in ground.arguments.bootstrap]
+    for refusal in await asyncio.gather(*tries):
+        if refusal is not None:
+            raise refusal
+
+
+async def _try(ground: Ground, address: str, known: RunManifest) -> Refused | None:
+    """What ends the start, or None."""
+    try:
+        await ground.outside.transport.dial(address)
+    except Refused as refusal:
+        if refusal.code in NOT_NOW:
             ground.console.warn(f"{address}: {refusal.detail} It is tried again later.")
+            return None
+        hint = f" This home ({ground.home.path}) holds run {known.name}: name another --home to join."
+        return Refused(refusal.code, f"{address}: {refusal.detail}{hint if refusal.code == 'wrong-run' else ''}")
+    return None
 
 
 async def _from_config(ground: Ground, config: RunConfig, known: RunManifest | None) -> FoundRun:
@@ -112,7 +113,8 @@ async def _learn(ground: Ground) -> RunManifest:
     learned = await learn_run(ground.outside, ground.arguments.bootstrap)
     manifest = learned.manifest
     size = sum(t.rows * t.cols for t in manifest.tensors)
-    ground.console.say(f"{learned.address}  CURVE ok  run {manifest.name} ({manifest.run_id.hex()[:RUN_HEX]})  {size / 1e6:.2f} million weights")
+    run = f"run {manifest.name} ({manifest.run_id.hex()[:RUN_HEX]})"
+    ground.console.say(f"{learned.address}  CURVE ok  {run}  {size / 1e6:.2f} million weights")
     return manifest
 
 
@@ -146,7 +148,8 @@ async def _obtained(ground: Ground, recipe: DataRecipe) -> TokenData:
 def _check_data_dir(given: Path | None) -> None:
     """A joiner's --data-dir holds its own text, or a place for what is fetched. Raises Refused("data-dir") for a path that is not there."""
     if given is not None and not given.is_dir():
-        raise Refused("data-dir", f"--data-dir {given}: no such folder; `tscale data import` makes one, and without --data-dir the run's text is fetched")
+        fix = "`tscale data import` makes one, and without --data-dir the run's text is fetched"
+        raise Refused("data-dir", f"--data-dir {given}: no such folder; {fix}")
 
 
 def _fetch_folder(ground: Ground, recipe: DataRecipe) -> Path:
@@ -160,5 +163,6 @@ def _folders(ground: Ground, recipe: DataRecipe) -> list[Path]:
     """Where the run's data may lie: --data-dir itself, a folder below it, or what an earlier start fetched or imported."""
     given: Path | None = ground.arguments.data_dir
     roots = [root for root in (given, ground.home.data) if root is not None]
-    below = [child for root in roots if root.is_dir() for child in sorted(root.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    children = [child for root in roots if root.is_dir() for child in sorted(root.iterdir())]
+    below = [child for child in children if child.is_dir() and not child.name.startswith(".")]
     return [*([given] if given is not None else []), _fetch_folder(ground, recipe), *below]

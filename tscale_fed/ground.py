@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tscale_fed.console import Console
 from tscale_fed.home import Home
 from tscale_fed.home_run import known_manifest
-from tscale_net import address, identity
+from tscale_net import identity
 from tscale_net.address_book import AddressBook
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity
@@ -54,8 +54,8 @@ async def open_ground(arguments: argparse.Namespace, home: Home, console: Consol
     is_new = not home.identity.exists()
     me = identity.load_or_create(home.identity)
     name = arguments.name or identity.friendly_name(me.public_key)
-    console.say(f"you are {name} ({me.peer_id[:8]}…{me.peer_id[-6:]}), key in {home.identity}" + ("  new identity, keep this file" if is_new else ""))
-    _check_addresses(arguments.bootstrap, arguments.require_id)
+    remark = "  new identity, keep this file" if is_new else ""
+    console.say(f"you are {name} ({me.peer_id[:8]}…{me.peer_id[-6:]}), key in {home.identity}{remark}")
     clock, rng = SystemClock(), random.Random()
     book = AddressBook(home.known_peers)
 
@@ -68,12 +68,6 @@ async def open_ground(arguments: argparse.Namespace, home: Home, console: Consol
     links, addresses = await _listening(arguments, transport)
     outside = Outside(links, Transfers(links, clock, rng), clock, rng, identity.verify, executor)
     return Ground(arguments, home, console, clock, me, outside, NoticeBoard(clock, _shower(console)), name, addresses)
-
-
-def _check_addresses(addresses: Sequence[str], require_id: bool) -> None:
-    for text in addresses:
-        if address.parse(text).peer_id is None and require_id:
-            raise Refused("needs-id", f"{text}: --require-id asks for an address with a peer id, such as 12D3KooW…@{text}; the seed prints it")
 
 
 async def _listening(arguments: argparse.Namespace, make: Callable[[str | None], ZmqTransport]) -> tuple[ZmqTransport, tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Addresses of the peers that a home was in a swarm with, so that it finds them again after a restart without being told.
 
-Enters: the peers known now. Leaves: a file of multiaddrs, one a line; after a restart these are dialled beside --bootstrap. It is a hint, not
-a state: ids in it are proved by every dial, and lines that cannot be read are passed over.
+Enters: the peers known now. Leaves: a file of multiaddrs, one a line; after a restart these are dialled beside --bootstrap. It is a hint,
+not a state: ids in it are proved by every dial, and lines that cannot be read are passed over.
 """
 
 from __future__ import annotations

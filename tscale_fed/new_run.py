@@ -117,6 +117,5 @@ _SWARM_KEYS = ("codec", "chunk_params", "publish_every_steps", "budget_batches")
 
 
 def _other_run(place: str) -> Refused:
-    return Refused(
-        "other-run", f"the run file differs from the run that this home holds ({place}): use another --home for a new run, or leave --config out"
-    )
+    fix = "use another --home for a new run, or leave --config out"
+    return Refused("other-run", f"the run file differs from the run that this home holds ({place}): {fix}")

@@ -94,8 +94,10 @@ class PeerSession:
                 await self._leave()
             swarm.cancel()
             await asyncio.gather(swarm, return_exceptions=True)
-            self._save()
+            unsaved = self._save()
             await ground.outside.transport.close(LINGER_S)
+        if unsaved is not None:
+            raise unsaved
 
     async def _watch(self, swarm: asyncio.Task[None], main: asyncio.Task[None]) -> None:
         """A fault of the swarm's tasks ends the session with that fault."""
@@ -288,15 +290,17 @@ class PeerSession:
             }
         return trainer.steps, tensors, blobs, facts
 
-    def _save(self) -> None:
+    def _save(self) -> Refused | None:
+        """The last checkpoint; returns why it could not be written."""
         if self.built.peer.gossip.hold or not math.isfinite(self.built.peer.meeting.displacement_norm()):
-            return  # nothing of ours yet, or nothing worth keeping
+            return None  # nothing of ours yet, or nothing worth keeping
         try:
             state = self._state()
             self.built.store.save(*state)
             self.built.peer.meeting.checkpointed(state[2]["paid"])
         except Refused as refusal:
-            self.ground.console.warn(refusal.detail)
+            return refusal
+        return None
 
     async def _leave(self) -> None:
         if self.ground.arguments.solo or self.built.peer.gossip.hold:

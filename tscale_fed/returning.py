@@ -1,8 +1,8 @@
 """Coming back from a checkpoint, or from the start weights and the log: catch up, then judge the private work of last time.
 
-Enters: the parts of a session whose replica is filled already. Leaves: a replica that contains what neighbours know, and a displacement that
-is young enough to be of use. Work that is too old would lead the model back to where it was; how old it is can only be said once somebody
-else's deltas have been compared, so a peer that comes back alone trains on and judges when the first neighbour is there.
+Enters: the parts of a session whose replica is filled already. Leaves: a replica that contains what neighbours know, and a displacement
+that is young enough to be of use. Work that is too old would lead the model back to where it was; how old it is can only be said once
+somebody else's deltas have been compared, so a peer that comes back alone trains on, and judges when the first neighbour is there.
 """
 
 from __future__ import annotations

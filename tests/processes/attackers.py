@@ -1,6 +1,6 @@
 """Hostile peers for the process tests: one that links honestly and then lies, one that speaks CURVE but not the protocol.
 
-Enters: the victim's address and manifest. Leaves: messages that must all be refused, each with the reason code that it must be counted under.
+Enters: the victim's address and manifest. Leaves: messages that must all be refused, each with the reason code under which it is counted.
 """
 
 from __future__ import annotations

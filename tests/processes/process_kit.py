@@ -1,7 +1,7 @@
 """Real `tscale-peer` processes on loopback: start them, look at them through their control sockets, kill them.
 
-Enters: a folder of the test, flags. Leaves: `PeerProcess` objects whose states are awaited with a deadline; a deadline that passes fails with
-the peer's own output. Nothing here relies on how long something takes: waiting ends when the condition holds.
+Enters: a folder of the test, flags. Leaves: `PeerProcess` objects whose states are awaited with a deadline; a deadline that passes fails
+with the peer's own output. Nothing here relies on how long something takes: waiting ends when the condition holds.
 """
 
 from __future__ import annotations

@@ -40,6 +40,9 @@ class Case:
 class Outcome:
     code: int
     said: str
+    """stderr."""
+    shown: str
+    """stdout."""
 
 
 def run(case: Case) -> Outcome:
@@ -56,7 +59,7 @@ def run(case: Case) -> Outcome:
         timeout=TIMEOUT_S,
         preexec_fn=_limit(case.file_bytes) if case.file_bytes is not None else None,
     )
-    return Outcome(done.returncode, done.stderr)
+    return Outcome(done.returncode, done.stderr, done.stdout)
 
 
 def _limit(file_bytes: int) -> Callable[[], None]:

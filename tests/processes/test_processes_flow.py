@@ -15,7 +15,8 @@ from tscale_fed.data.manifest import MANIFEST_FILE, read_manifest
 from tscale_fed.new_run import recipe_of
 from tscale_fed.status import Status
 
-STATUS_FIELDS = """run peer name role uptime_s step tokens train_loss swarm_loss basepoint_hash applied_digest recent busy_fraction peers wire refused"""
+STATUS_FIELDS = """run peer name role uptime_s step tokens train_loss swarm_loss basepoint_hash applied_digest recent busy_fraction
+peers wire refused"""
 PEER_FIELDS = "id name path state rtt_ms share lag last_delta_s"
 WIRE_FIELDS = "up_bytes down_bytes bytes_per_param"
 

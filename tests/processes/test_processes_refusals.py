@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from process_kit import LOOPBACK, PeerProcess, Swarm, free_port, write_run
+from process_kit import ANY_PORT, LOOPBACK, PeerProcess, Swarm, free_port, write_run
 from refusal_kit import Case, Outcome, check, run_all
 
 from tscale_fed.assembly import prepare_data
@@ -25,10 +25,10 @@ from tscale_net.identity import Identity
 
 STRANGER = Identity.from_seed(b"\x07" * 32)
 
-ALONE = """config-missing config-garbage config-folder config-unknown-key config-bad-value config-no-text config-needs-seed config-and-bootstrap
-home-is-a-file home-below-a-file home-open-to-others identity-garbage manifest-garbage no-run no-gpu listen-garbage listen-foreign-address
-bootstrap-garbage bootstrap-unreachable bootstrap-unreachable-with-id disk-full-seed status-no-peer train-config-missing
-data-source-missing data-folder-missing conform-file-missing""".split()
+ALONE = """config-missing config-garbage config-folder config-unknown-key config-bad-value config-no-text config-needs-seed
+config-and-bootstrap home-is-a-file home-below-a-file home-open-to-others identity-garbage manifest-garbage no-run no-gpu listen-garbage
+listen-foreign-address bootstrap-garbage bootstrap-unreachable bootstrap-unreachable-with-id disk-full-seed status-no-peer
+train-config-missing data-source-missing data-folder-missing conform-file-missing""".split()
 BESIDE_A_SEED = """port-in-use door-in-use bootstrap-wrong-id bootstrap-changed-id home-in-use other-config other-swarm-settings other-run
 data-dir-missing data-dir-wrong-tokenizer disk-full-joiner""".split()
 
@@ -41,7 +41,8 @@ def alone(folder: Path) -> dict[str, Case]:
         return folder / f"home-{name}"
 
     def seed(name: str, config: Path, *says: str, untouched: bool = True, **options: int) -> Case:
-        return Case(["tscale-peer", "--role", "seed", "--config", str(config), "--listen", "127.0.0.1:0"], says, home(name), 1, untouched, **options)
+        command = ["tscale-peer", "--role", "seed", "--config", str(config), "--listen", ANY_PORT]
+        return Case(command, says, home(name), 1, untouched, **options)
 
     def peer(name: str, *flags: str, says: tuple[str, ...], code: int = 1, untouched: bool = False) -> Case:
         return Case(["tscale-peer", *flags], says, home(name), code, untouched)
@@ -76,7 +77,7 @@ def alone(folder: Path) -> dict[str, Case]:
         "home-open-to-others": peer("open", "--bootstrap", closed, says=("other users may enter", "chmod 700")),
         "identity-garbage": peer("identity", "--bootstrap", closed, says=("identity",)),
         "manifest-garbage": Case(["tscale-peer", "--bootstrap", closed], ("is damaged", "--home"), None),
-        "no-run": peer("i", "--listen", "127.0.0.1:0", says=("no run yet", "--bootstrap", "--role seed --config")),
+        "no-run": peer("i", "--listen", ANY_PORT, says=("no run yet", "--bootstrap", "--role seed --config")),
         "no-gpu": peer("j", "--device", "cuda", "--bootstrap", closed, says=("--device cuda", "leave --device out")),
         "listen-garbage": peer("k", "--listen", "nonsense", says=("HOST:PORT",), code=2, untouched=True),
         "listen-foreign-address": peer("l", "--listen", "192.0.2.1:7700", "--bootstrap", closed, says=("192.0.2.1", "0.0.0.0")),
@@ -85,8 +86,8 @@ def alone(folder: Path) -> dict[str, Case]:
         "bootstrap-unreachable-with-id": peer("o", "--bootstrap", f"{STRANGER.peer_id}@{closed}", says=(closed, "connection refused")),
         "disk-full-seed": seed("p", good, "is full", "free some space", untouched=False, file_bytes=100_000),
         "status-no-peer": Case(["tscale-status", "--json"], ("no peer runs",), home("q"), 1, True),
-        "train-config-missing": Case(["tscale", "train", str(folder / "nowhere.toml")], ("nowhere.toml: no such file",), home("r"), 1, True),
-        "data-source-missing": Case(["tscale", "data", "import", str(folder / "nowhere.txt"), "--out", str(folder / "data")], ("nowhere.txt",)),
+        "train-config-missing": Case(["tscale", "train", f"{folder}/nowhere.toml"], ("nowhere.toml: no such file",), home("r"), 1, True),
+        "data-source-missing": Case(["tscale", "data", "import", f"{folder}/nowhere.txt", "--out", f"{folder}/data"], ("nowhere.txt",)),
         "data-folder-missing": Case(["tscale", "data", "info", str(folder / "nowhere")], ("nowhere",)),
         "conform-file-missing": Case(["tscale", "model", "conform", str(folder / "nowhere.npz")], ("nowhere.npz",)),
     }
@@ -123,7 +124,7 @@ def beside(seed: PeerProcess, folder: Path, config: Path) -> dict[str, Case]:
     host_port = f"{LOOPBACK}:{address.port}"
 
     def join(name: str, *flags: str, says: tuple[str, ...], bootstrap: str = host_port, file_bytes: int | None = None) -> Case:
-        command = ["tscale-peer", "--bootstrap", bootstrap, "--listen", "127.0.0.1:0", *flags]
+        command = ["tscale-peer", "--bootstrap", bootstrap, "--listen", ANY_PORT, *flags]
         return Case(command, says, folder / f"home-{name}", file_bytes=file_bytes)
 
     def create(name: str, run_file: Path, port: int, *says: str) -> Case:
@@ -199,14 +200,17 @@ def test_refusals_beside_a_running_seed(crowded: tuple[dict[str, Case], dict[str
 
 @pytest.mark.timeout(120)
 def test_a_disk_that_fills_up_while_training(swarm: Swarm, tmp_path: Path) -> None:
-    """The delta log cannot grow any more: the peer ends with the reason, and its last checkpoint is whole."""
+    """The delta log cannot grow any more: training goes on and says so; at its end the checkpoint cannot be written either."""
+    config = str(write_run(tmp_path / "run"))
     case = Case(
-        ["tscale-peer", "--role", "seed", "--config", str(write_run(tmp_path / "run")), "--listen", "127.0.0.1:0", "--threads", "1"],
-        ("delta log", "cannot be written", "free disk space"),
+        ["tscale-peer", "--role", "seed", "--config", config, "--listen", ANY_PORT, "--threads", "1", "--seconds", "6"],
+        ("checkpoint not written", "is full", "free some space"),
         tmp_path / "home",
         file_bytes=700_000,
     )
-    check(case, run_all({"full": case})["full"])
+    outcome = run_all({"full": case})["full"]
+    check(case, outcome)
+    assert "the delta log" in outcome.shown and "free disk space" in outcome.shown
 
 
 def test_the_sockets_of_these_tests_are_free_ones() -> None:

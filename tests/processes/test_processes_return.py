@@ -1,4 +1,4 @@
-"""Coming back with work that the swarm does not have yet: kept if it is young, dropped, and said so, if the swarm has gone on for too long."""
+"""Coming back with work that the swarm does not have yet: kept if it is young; dropped, and said so, if the swarm has gone on for long."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from tscale_fed.checkpoint import CheckpointStore
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
     ("max_age_batches", "sentence"),
-    [(100_000, "unpublished work of last time is kept"), (5, "unpublished work of last time is dropped")],
-    ids=["young", "old"],
+    [
+        pytest.param(100_000, "unpublished work of last time is kept", id="young", marks=pytest.mark.slow),
+        pytest.param(5, "unpublished work of last time is dropped", id="old"),
+    ],
 )
 def test_displacement_of_an_old_checkpoint(swarm: Swarm, tmp_path: Path, max_age_batches: int, sentence: str) -> None:
     config, port = write_run(tmp_path / "run", checkpoint_s=1, max_age_batches=max_age_batches), free_port()

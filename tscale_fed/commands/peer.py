@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Raises Refused with one sentence for everything that users can mend."""
     from tscale_fed.config import load_config
     from tscale_fed.console import standard_console
+    from tscale_fed.early_checks import check_early
     from tscale_fed.event_loop import run_on_fast_loop
     from tscale_fed.home import Home, HomeLock
     from tscale_net.ports import SystemClock
@@ -36,6 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = standard_console(SystemClock(), json_log=arguments.json_log)
     try:
         with HomeLock(Home(arguments.home)) as home, ThreadPoolExecutor(1, "checks") as executor:
+            check_early(arguments, home)
             return run_on_fast_loop(_run(arguments, config, home, console, executor))
     finally:
         console.close()
@@ -52,7 +54,8 @@ async def _run(arguments: argparse.Namespace, config: RunConfig | None, home: Ho
 
     stop = asyncio.Event()
     _on_signals(stop, console)
-    device = choose_device(arguments.device, config.device.precision if config is not None else "auto")  # before anything is written or fetched
+    precision = config.device.precision if config is not None else "auto"
+    device = choose_device(arguments.device, precision)  # before anything is written or fetched
     ground = await open_ground(arguments, home, console, executor)
     try:
         console.say(f"reach: {reach_sentence(ground.addresses, arguments.solo)}")
