@@ -43,6 +43,8 @@ ONE, SYNC, SIGN, EXACT, AVERAGE = "one", "sync", "sign", "exact", "average"
 SWARM_ROWS = (SIGN, EXACT, AVERAGE)
 ROWS = (ONE, SYNC, *SWARM_ROWS)
 
+EXACT_CHUNK_PARAMS = 1 << 16
+"""Uncompressed packets of 256 kB: 32 times the bits of the usual ones must still fit in a message."""
 _AVERAGING_RULE = RuleSpec(own_leak="one", momentum_keep="one")
 
 
@@ -208,6 +210,7 @@ def run_config(plan: Plan, row: str, rate: float, seed: int) -> RunConfig:
             share_scale=rule.share_scale,
             own_leak=rule.own_leak,
             momentum_keep=rule.momentum_keep,
+            chunk_params=EXACT_CHUNK_PARAMS if row == EXACT else SwarmSection().chunk_params,
         ),
         eval=EvalSection(fragments=plan.eval_fragments, batches=plan.eval_batches),
     )
