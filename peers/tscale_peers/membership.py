@@ -64,12 +64,14 @@ class Membership:
             for neighbour, untold in self._untold.items():
                 if neighbour not in (source, record.peer):
                     untold[record.peer] = None
+        elif source in self._untold and self.book.outdates(sealed, source):
+            # Its clock was set back since its last life, so nobody listens to it: it is told what is known of it, and goes beyond that.
+            self._untold[source][source] = None
         return record
 
     def link_up(self, peer: PeerId) -> None:
-        """A new neighbour is told everything once; even its own record, by which it learns of a later start than the present one (its
-        clock was set back)."""
-        self._untold[peer] = {heard.record.peer: None for heard in self.book.all()}
+        """A new neighbour is told everything once."""
+        self._untold[peer] = {heard.record.peer: None for heard in self.book.all() if heard.record.peer != peer}
         self._told_by[peer] = Allowance(limits.records_per_s, limits.records_burst)
         self.book.pinned.add(peer)
 

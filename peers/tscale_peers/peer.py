@@ -171,6 +171,7 @@ class SwarmPeer:
             why = f"messages were refused, the last because of {refusal.code}"
             self.board.tell("link", f"link to {self.name_of(peer)} is cut: too many of its {why}")
             self.outside.transport.drop(peer, f"too many of your {why}", limits.strike_ban_s)
+            self.linked.discard(peer)  # what it has sent already is not read any more
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Frame):
@@ -202,6 +203,8 @@ class SwarmPeer:
         self.board.tell("link", f"link to {self.name_of(event.peer)} is down: {event.reason}")
 
     def _on_frame(self, frame: Frame) -> None:
+        if frame.peer not in self.linked:
+            return
         if self.outside.transfers.handle(frame):
             return
         if frame.kind == PACKET:

@@ -171,6 +171,14 @@ class RecordBook:
             self._forget_one()
         return record
 
+    def outdates(self, sealed: bytes, peer: PeerId) -> bool:
+        """Is this an older word of `peer` about itself than the one in the book?"""
+        before = self._heard.get(peer)
+        if before is None or sealed in self._sealed:
+            return False
+        record, _, _ = read_unverified(sealed, self._run)
+        return record.peer == peer and record.age_key < before.record.age_key
+
     def _forget_one(self) -> None:
         free = [peer for peer in self._heard if peer not in self.pinned] or list(self._heard)
         self._forget(min(free, key=lambda peer: self._heard[peer].heard_at))

@@ -64,7 +64,7 @@ def toy_verify(public_key: bytes, domain: bytes, message: bytes, signature: byte
 
 
 def small_run(publish_every_steps: int = 5, chunk_params: int = 1 << 11, rule: RuleSpec | None = None) -> tuple[RunManifest, torch.Tensor]:
-    """A run of 4096 weights in three chunks, and its start weights."""
+    """A run of 4096 weights in two chunks, and its start weights."""
     specs = [TensorSpec("embedding", 16, 128, UNIT_EXPONENT), TensorSpec("final", 16, 128, UNIT_EXPONENT)]
     start = torch.randn(4096, generator=torch.Generator().manual_seed(1)) * 0.5
     manifest = RunManifest(
