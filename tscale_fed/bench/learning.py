@@ -2,7 +2,7 @@
 
 Enters: a preset and options. Leaves: a table, a JSON file, exit code 0 if the goal is met (see learning_table.py), else 1.
 
-    tscale bench learning                                        a small model, 25 minutes on two processor cores
+    tscale bench learning                                        a small model; took 34 minutes on two busy cores
     tscale bench learning --preset gpu --text FILE               a model of 5 M weights on one GPU
     tscale bench learning --rates 0.02 --seeds 1 --steps 100     a quick look, far from the figures
 
