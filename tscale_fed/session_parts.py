@@ -26,6 +26,7 @@ from tscale_peers.assembly import RunTerms, Saved, assemble
 from tscale_peers.basepoint import Replica
 from tscale_peers.delta_log import DeltaLog
 from tscale_peers.meeting import Progress
+from tscale_peers.packet import Packet
 from tscale_peers.peer import PeerSettings, SwarmPeer
 
 
@@ -55,7 +56,8 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     start = None
     if checkpoint is not None:
         _check_checkpoint(checkpoint, found)
-        replica.restore(checkpoint.tensors["basepoint"], AppliedSet.decode(checkpoint.blobs["applied"], replica.applied.chunks, replica.applied.max_streams))
+        applied = AppliedSet.decode(checkpoint.blobs["applied"], replica.applied.chunks, replica.applied.max_streams)
+        replica.restore(checkpoint.tensors["basepoint"], applied)
     else:
         start = found.start if found.start is not None else _start_again(ground, found)
         if start is not None:
@@ -102,11 +104,13 @@ def _settle_after_crash(ground: Ground, peer: SwarmPeer, trainer: Trainer, check
     """Own packets that were published after the checkpoint are in the log, and now in the basepoint. The training behind them is not in the
     restored weights, so the displacement must not owe it."""
     exchange = peer.meeting.exchange
-    lost = peer.meeting.replica.applied.batches.get(exchange.stream_key, 0) - trainer.steps
-    if exchange.recovered:
-        ground.console.say(f"{exchange.recovered} own packets recovered from the log")
-        if lost > 0:
-            peer.meeting.keep_unpublished(checkpoint.tensors["displacement"] if checkpoint is not None else None)
+    if not exchange.recovered:
+        return
+    ground.console.say(f"{exchange.recovered} own packets recovered from the log")
+    newest = max(exchange.log.keys(exchange.stream_key), key=lambda key: key[1])
+    body = exchange.log.get(newest)
+    if body is None or Packet.decode(body, exchange.terms).header.batches_total > trainer.steps:
+        peer.meeting.keep_unpublished(checkpoint.tensors["displacement"] if checkpoint is not None else None)
 
 
 def progress_of(trainer: Trainer, trained: bool) -> Progress:
