@@ -271,6 +271,6 @@ def _disk_errors(out_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            detail = f"The disk of {out_dir.parent} is full ({error.strerror}): free some space or choose another folder; nothing was left behind."
-            raise Refused("disk-full", detail) from error
+            fix = "free some space or choose another folder; nothing was left behind."
+            raise Refused("disk-full", f"The disk of {out_dir.parent} is full ({error.strerror}): {fix}") from error
         raise Refused("unwritable", f"{out_dir} cannot be written ({error.strerror}): choose another folder.") from error
