@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tscale_net.ports import LinkInfo, PeerId
-
 from tscale_peers import limits
 from tscale_peers.share import RateAverage
 

@@ -152,6 +152,10 @@ def test_scattered_wants_and_huge_claims_are_borne() -> None:
         for start in range(0, 4000, 200):
             attacker.send(WANT, Ranges.of([(name, seq, 0) for seq in range(start + 1, start + 200)]).encode())
             attacker.send(HAVE, Ranges.of([(name, seq, 1) for seq in range(start + 1, start + 200)]).encode())
+        everything = Ranges.of([(name, seq, 0) for seq in range(1, limits.keys_per_message)])
+        attacker.send(WANT, everything.encode(), Channel.BULK)
+        await swarm.clock.sleep(1)
+        assert attacker.victim.board.refused["too-large"] == 0, "its answers fit in messages"
         claims = AppliedSet(2)
         claims.add(name, 1, 0)
         claims.streams[name].contiguous[:] = limits.applied_seq_max
@@ -221,7 +225,9 @@ def test_a_newcomer_does_not_take_old_records_for_living_peers() -> None:
         await swarm.clock.sleep(limits.record_old_s + 2 * limits.dead_s)
         newcomer = swarm.add()
         await swarm.join(newcomer, address)
-        await swarm.clock.sleep(5)
+        swarm.network.cut(newcomer.author.peer_id, swarm.peers[0].author.peer_id)
+        await swarm.clock.sleep(8)
+        assert of(newcomer).linked and gone.author.peer_id in of(newcomer).membership.book, "a new link tells of everybody"
         assert of(newcomer).membership.state(gone.author.peer_id) is State.DEAD
         assert len(of(newcomer).membership.live()) == 1
 

@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tscale_net.errors import Refused
+from tscale_net.limits import BULK_BODY_BYTES
+from tscale_peers.assembly import RunTerms
 from tscale_peers.layout import TensorSpec
-from tscale_peers.manifest import MAX_MANIFEST_BYTES, RuleSpec, RunManifest
+from tscale_peers.manifest import MAX_MANIFEST_BYTES, RuleSpec, RunLimits, RunManifest
 
 
 def make(**changes: object) -> RunManifest:
@@ -57,12 +59,29 @@ def test_bytes_of_another_run_are_refused() -> None:
         ({"budget_batches": 0}, "budget_batches"),
         ({"rule": RuleSpec(share_scale=float("nan"))}, "share_scale"),
         ({"admin_keys": [b"short"]}, "admin_keys"),
+        ({"admin_keys": [b"k" * 32] * 65}, "admin_keys"),
+        ({"tensors": [TensorSpec("\x1b[2J", 1, 128, -22)]}, "tensor names"),
+        ({"tensors": [TensorSpec("a" * 201, 1, 128, -22)]}, "tensor names"),
+        ({"tensors": [TensorSpec("a", 1 << 22, 128, -22)], "chunk_params": 1 << 10}, "chunks are more"),
+        ({"limits": RunLimits(max_streams=1 << 16), "tensors": [TensorSpec("a", 1 << 18, 128, -22)]}, "allow fewer streams"),
+        ({"limits": RunLimits(displacement_max_age_batches=-1)}, "displacement_max_age_batches"),
+        ({"budget_batches": 1 << 60}, "budget_batches"),
+        ({"created_unix": float("inf")}, "created_unix"),
+        ({"codec": "gzip" * 1000}, "codec 'gzip"),
+        ({"trainer": {str(n): n for n in range(65)}}, "trainer"),
+        ({"codec": "exact", "chunk_params": 1 << 20, "tensors": [TensorSpec("a", 1 << 13, 128, -22)]}, "do not fit"),
+        ({"chunk_params": 1 << 21, "tensors": [TensorSpec("narrow", 1 << 18, 8, -22)]}, "do not fit"),
     ],
 )
 def test_wrong_fields_are_named(changes: dict[str, object], word: str) -> None:
     with pytest.raises(Refused) as refusal:
         RunManifest.decode(make(**changes).encode())
     assert word in refusal.value.detail
+
+
+def test_the_largest_chunk_of_signs_fits_in_a_frame() -> None:
+    manifest = RunManifest.decode(make(chunk_params=1 << 21, tensors=[TensorSpec("a", 1 << 15, 128, -22)]).encode())
+    assert RunTerms.of(manifest).terms.max_packet_bytes <= BULK_BODY_BYTES
 
 
 @given(st.binary(max_size=300))
