@@ -37,6 +37,7 @@ from tscale_peers.messages import (
 )
 from tscale_peers.neighbour import Neighbour
 from tscale_peers.packet import Key
+from tscale_peers.records import author_of
 from tscale_peers.set_parts import between, part_from
 from tscale_peers.wants import WantList
 
@@ -292,11 +293,18 @@ class Gossip:
         return actions + [Send(peer, MISSING, body) for body in Ranges.bodies(gone)]
 
     def unobtainable(self) -> NeedChunks | None:
-        """Chunks with packets that every neighbour which had them has thrown away; those are forgotten, and offered again if need be."""
-        keys, peers = self._wants.unobtainable()
+        """Chunks with packets that every neighbour which had them has thrown away; those are forgotten, and offered again if need be.
+
+        A stranger alone is not believed: it could speak of packets that never were, and give a forged chunk. Who says so must have work of
+        its own in what is known here, or others must say the same. Donors are authors where there are any.
+        """
+        if not self._wants.any_denied:
+            return None
+        authors = {author_of(stream) for stream in self.known.streams}
+        keys, peers = self._wants.unobtainable(lambda denied: len(denied) >= limits.snapshot_witnesses or bool(denied & authors))
         if not keys:
             return None
-        return NeedChunks(tuple(sorted({chunk for _, _, chunk in keys})), tuple(sorted(peers)))
+        return NeedChunks(tuple(sorted({chunk for _, _, chunk in keys})), tuple(sorted(peers & authors or peers)))
 
     # -- for people --------------------------------------------------------------------------------------------------
 

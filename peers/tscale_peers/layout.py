@@ -3,8 +3,8 @@
 Enters: a list of matrices in canonical order. Leaves: tensors' offsets; chunks of at most `chunk_params` values.
 Rule: the flat vector is the tensors one after the other, row-major. A chunk is a contiguous slice made of whole rows: big tensors are cut
 between rows, small ones share a chunk. A packet carries one chunk, so a row and its scale always travel together.
-Each tensor has its own unit u = 2**unit_exponent, absolute and fixed in the manifest: the basepoint holds integer multiples of it. It must be
-far finer than one step of the swarm, so that rounding stays below the one-bit error, and coarse enough that weights fit 2**30 units.
+Each tensor has its own unit u = 2**unit_exponent, absolute and fixed in the manifest: the basepoint holds integer multiples of it. It must
+be far finer than one step of the swarm, so that rounding stays below the one-bit error, and coarse enough that weights fit 2**30 units.
 """
 
 from __future__ import annotations

@@ -155,6 +155,8 @@ count_max = (1 << 53) - 1
 """Largest count in a record or shown: exact in JSON, and 256 of them add up within 64 bits."""
 chunk_fetches = 4
 """Snapshot chunks fetched at a time."""
+snapshot_witnesses = 2
+"""Neighbours without work of their own in the basepoint that must agree before a running peer takes a snapshot chunk on their word."""
 chunk_retries = 5
 chunk_reload_pause_s = 30.0
 """A chunk is not fetched again as a snapshot within this: it may be megabytes, and packets may still turn up."""

@@ -61,6 +61,13 @@ class PeerRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 _peer_id_of = lru_cache(limits.record_book_peers * 4)(peer_id_of)
 """Base58 is slow beside everything else that is done with a record."""
 
+
+
+def author_of(stream_key: bytes) -> PeerId:
+    """The peer behind an author stream."""
+    return _peer_id_of(stream_key[:32])
+
+
 _decoder = msgspec.msgpack.Decoder(PeerRecord)
 
 

@@ -175,9 +175,13 @@ class WantList:
         for peer in late:
             self._sources[peer].window = max(1, self._sources[peer].window // 2)
 
-    def unobtainable(self) -> tuple[list[Key], set[PeerId]]:
-        """Packets that all who had them have thrown away, and those neighbours; they are forgotten here."""
-        keys = list(self._denied)
+    @property
+    def any_denied(self) -> bool:
+        return bool(self._denied)
+
+    def unobtainable(self, believed: Callable[[set[PeerId]], bool] = bool) -> tuple[list[Key], set[PeerId]]:
+        """Packets that all who had them have thrown away, if those neighbours are `believed`, and these neighbours; forgotten here."""
+        keys = [key for key in self._denied if believed(self._wanted[key].denied)]
         peers = {peer for key in keys for peer in self._wanted[key].denied}
         for key in keys:
             self._forget(key, self._wanted[key])

@@ -26,7 +26,8 @@ def identity(n: int) -> Identity:
 def record(who: Identity, seq: int = 1, **changes: object) -> PeerRecord:
     base = PeerRecord(
         run=RUN, public_key=who.public_key, incarnation=5, seq=seq, created_unix=1.0, name="calm-heron", role="peer",
-        addresses=("/ip4/10.0.0.1/tcp/7700",), step=3, batches=9, tokens=100, tokens_per_s=10.0, train_loss=2.0, digest=b"d" * 32, hash=b"h" * 32, leaving=False,
+        addresses=("/ip4/10.0.0.1/tcp/7700",),
+        step=3, batches=9, tokens=100, tokens_per_s=10.0, train_loss=2.0, digest=b"d" * 32, hash=b"h" * 32, leaving=False,
     )  # fmt: skip
     return msgspec.structs.replace(base, **changes)
 

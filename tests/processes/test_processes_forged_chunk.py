@@ -1,7 +1,6 @@
-"""A known hole, kept in sight: a running peer takes a snapshot chunk from whoever speaks of packets that nobody keeps.
+"""A running peer takes no snapshot chunk on a stranger's word.
 
-A stranger offers a packet that does not exist, answers the request with MISSING, and is then asked for the chunk; what it gives replaces
-that chunk of the basepoint, and its applied set makes the next peer ask for the same. Scores and witnesses for donors are to close it.
+The attack: offer a packet that does not exist, answer the request with MISSING, be asked for the chunk, and give a forged one.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tscale_peers.packet import stream_key
 FORGER = Identity.from_seed(b"\x09" * 32)
 FORGED = f"{CHUNK_PREFIX}0"
 MOST_BYTES = 1 << 22
-ASKED_S = 20
+ASKED_S = 6
 
 
 class Forger:
@@ -78,9 +77,7 @@ class Forger:
                 self.transport.send(peer, MISSING, event.body)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="donors of snapshot chunks are not yet confirmed by a second peer")
 async def test_a_stranger_cannot_replace_a_chunk_of_a_running_peer(swarm: Swarm, tmp_path: Path) -> None:
     seed = swarm.seed(write_run(tmp_path / "run"), free_port())
     await asyncio.to_thread(seed.training, 4)
