@@ -80,7 +80,7 @@ class Dialler:
             self._dialling.add(record.peer)
             tasks.create_task(self._dial_peer(record.peer, record.addresses))
         if now >= self._bootstrap_at and len(linked) < limits.links_target:
-            self._bootstrap_at = now + limits.bootstrap_redial_s
+            self._bootstrap_at = now + (limits.bootstrap_redial_s if linked else limits.bootstrap_alone_redial_s)
             for address in self._bootstrap:
                 if address not in self._bootstrap_busy:
                     self._bootstrap_busy.add(address)

@@ -78,6 +78,8 @@ links_target = 8
 dials_per_tick = 2
 redial_first_s = 1.0
 redial_max_s = 60.0
+bootstrap_alone_redial_s = 3.0
+"""A peer without any link tries the given addresses this often."""
 bootstrap_redial_s = 20.0
 """Given addresses are tried again this often while no link to them stands: two groups from one bootstrap list find each other."""
 
