@@ -70,6 +70,8 @@ class Dialler:
         self._dialling: set[PeerId] = set()
         self._bootstrap_at = 0.0
         self._bootstrap_busy: set[str] = set()
+        self._failed: dict[str, str] = {}
+        """Given address -> why it failed last, told once."""
         self._remembered = list(remembered)
 
     def tick(self, linked: set[PeerId], tasks: asyncio.TaskGroup) -> None:
@@ -115,8 +117,10 @@ class Dialler:
     async def _dial_given(self, address: str, quiet: bool) -> None:
         try:
             await self._transport.dial(address)
+            self._failed.pop(address, None)
         except Refused as refusal:
-            if not quiet:
+            if not quiet and self._failed.get(address) != refusal.detail:
+                self._failed[address] = refusal.detail
                 self._board.tell("dial", f"cannot reach {address}: {refusal.detail}")
         finally:
             self._bootstrap_busy.discard(address)

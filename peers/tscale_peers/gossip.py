@@ -309,8 +309,8 @@ class Gossip:
     # -- for people --------------------------------------------------------------------------------------------------
 
     def backlog(self) -> int:
-        """Packets known to exist that are not here yet."""
-        return len(self._wants)
+        """Packets that neighbours offer and that are not here yet."""
+        return self._wants.obtainable
 
 
 def _encode(message: msgspec.Struct) -> bytes:

@@ -177,7 +177,13 @@ class WantList:
 
     @property
     def any_denied(self) -> bool:
+        """Whether there is anything that all who had it have thrown away."""
         return bool(self._denied)
+
+    @property
+    def obtainable(self) -> int:
+        """How many packets somebody offers: a lie that nobody can deliver is nothing to wait for."""
+        return len(self._wanted) - len(self._denied)
 
     def unobtainable(self, believed: Callable[[set[PeerId]], bool] = bool) -> tuple[list[Key], set[PeerId]]:
         """Packets that all who had them have thrown away, if those neighbours are `believed`, and these neighbours; forgotten here."""

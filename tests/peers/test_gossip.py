@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tscale_net.errors import Refused
+from tscale_net.identity import Identity
 from tscale_net.limits import BULK_BODY_BYTES, CONTROL_BODY_BYTES
 from tscale_net.ports import Channel
 from tscale_peers import limits
@@ -156,6 +157,18 @@ def test_what_is_gone_is_said_to_be_missing_and_then_asked_of_another() -> None:
     node.hears("b", MISSING, [key(1)])
     assert node.gossip.unobtainable() == NeedChunks((0,), ("a", "b"))
     assert node.gossip.unobtainable() is None
+
+
+def test_one_stranger_is_not_believed_that_a_packet_is_gone_but_an_author_is() -> None:
+    """Else it could speak of a packet that never was, and give a forged chunk."""
+    who = Identity.from_seed(b"w" * 32)
+    node = Node(who.peer_id)
+    node.hears(who.peer_id, HAVE, [key(1)])
+    assert node.told(who.peer_id, WANT) == {key(1)}
+    node.hears(who.peer_id, MISSING, [key(1)])
+    assert node.gossip.unobtainable() is None and node.gossip.backlog() == 0, "nothing to wait for either"
+    node.add((who.public_key + bytes(8), 1, 0))
+    assert node.gossip.unobtainable() == NeedChunks((0,), (who.peer_id,))
 
 
 def test_bad_content_never_leads_to_a_snapshot() -> None:
