@@ -18,8 +18,13 @@ How packets and newcomers travel:
     intake.py           packets coming in: check, log, apply   meeting.py     where the trainer's thread meets the swarm
     joining.py          learn the run, snapshot, catch-up      donor.py       what a peer gives to newcomers
     leaving.py          graceful leave                         agreement.py   states compared with others' states
+What one neighbour may cause:
+    neighbour.py        what it has, is told, is sent          wants.py       packets to fetch: of whom, until when
+    allowance.py        a budget that refills with time        conduct.py     when a link carries too much nonsense
+    set_parts.py        sets too large for one message
 The shell:
     peer.py             owns the tasks, feeds events, executes actions; dialler.py, herald.py and notices.py are its helpers
+    surroundings.py     what it is given                       traffic.py     bytes up and down
     assembly.py         puts one peer together                 simulation.py  whole swarms in virtual time
 
 The rule that everything serves: publish q = codec(d), B += c*q, d -= leak*q; receive B += c*q with d untouched. B lives on integers, so

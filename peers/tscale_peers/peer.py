@@ -13,7 +13,6 @@ from contextlib import suppress
 from typing import TypeVar
 
 from tscale_net.errors import Refused
-from tscale_net.identity import peer_id_of
 from tscale_net.ports import Event, Frame, LinkDown, LinkUp, PeerId
 from tscale_peers import limits
 from tscale_peers.agreement import Agreement
@@ -27,7 +26,7 @@ from tscale_peers.meeting import MeetingPoint, Met
 from tscale_peers.membership import Change, Membership, State
 from tscale_peers.messages import GOSSIP_KINDS, PACKET, RECORDS, decode_records
 from tscale_peers.notices import NoticeBoard
-from tscale_peers.records import PeerRecord, RecordBook
+from tscale_peers.records import PeerRecord, RecordBook, author_of
 from tscale_peers.share import RateAverage, share
 from tscale_peers.surroundings import Author, Outside, PeerSettings
 from tscale_peers.traffic import Traffic
@@ -239,7 +238,7 @@ class SwarmPeer:
                 if not self._intake.is_known(body, source):
                     packet = await self.off_loop(lambda b=body: self._intake.check(b))  # type: ignore[misc]
                     if self._intake.accept(packet, body, source):
-                        self.last_delta_at[peer_id_of(packet.header.author)] = self.outside.clock.now()
+                        self.last_delta_at[author_of(packet.stream_key)] = self.outside.clock.now()
                 self._want_flush()
             except Refused as refusal:
                 self._refuse_packet(refusal, body, source)

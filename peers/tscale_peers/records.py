@@ -62,7 +62,6 @@ _peer_id_of = lru_cache(limits.record_book_peers * 4)(peer_id_of)
 """Base58 is slow beside everything else that is done with a record."""
 
 
-
 def author_of(stream_key: bytes) -> PeerId:
     """The peer behind an author stream."""
     return _peer_id_of(stream_key[:32])

@@ -191,6 +191,7 @@ async def test_given_addresses_are_tried_for_ever_at_their_pace_and_failures_of_
         clock.time += 1.0
     alone, pace = transport.dialled.count("seed:7700"), limits.bootstrap_alone_redial_s
     assert 400 / pace - 1 <= alone <= 400 / pace + 1
+    assert sum("seed:7700" in n.text for n in notices.notices) == 1
     assert sum(who.peer_id[-4:] in n.text for n in notices.notices) == 1
     before = len(transport.dialled)
     await tick(d, {f"peer {n}" for n in range(limits.links_target)})
