@@ -167,7 +167,7 @@ class ChunkFetch:
         most = chunk_blob_max_bytes(self._chunks[index].size, self._manifest)
         data = await self._peer.outside.transfers.fetch(f"{CHUNK_PREFIX}{index}", [donor], max_bytes=most)
         try:
-            await self._peer.off_loop(lambda: self._load(index, data))
+            await self._peer.beside_training(lambda: self._load(index, data))
         except Refused as refusal:
             self._unfit.add(donor)
             self._peer.board.refuse(refusal, self._peer.name_of(donor))

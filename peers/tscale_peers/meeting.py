@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -79,6 +80,7 @@ class MeetingPoint:
         """Key; the packet, and its bytes in memory, or None and 0 if it is read back from the log."""
         self._inbox_bytes = 0
         self._inbox_lock = threading.Lock()
+        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._lock = threading.RLock()
         self._published_at_step = 0
         self.last_progress = Progress(0, 0, 0, float("nan"), False)
@@ -93,6 +95,13 @@ class MeetingPoint:
                 packet, nbytes = None, 0
             self._inbox.append((key, packet, nbytes))
             self._inbox_bytes += nbytes
+
+    def between_steps(self, work: Callable[[], None]) -> Future[None]:
+        """Have `work` done by the next meeting, on its thread: whatever writes weights while a training thread owns them. Any thread. The
+        future also carries what `work` raises."""
+        done: Future[None] = Future()
+        self._errands.append((work, done))
+        return done
 
     @property
     def steps_since_publish(self) -> int:
@@ -116,6 +125,7 @@ class MeetingPoint:
             if progress.trained:
                 self.exchange.mark_trained()
             self.last_progress = progress
+            self._run_errands()
             receipts, lost = self._receive()
             due = self.may_publish and progress.steps - self._published_at_step >= self.publish_every_steps
             published, keep, withheld = self._publish(progress, self.share) if due else ((), 1.0, None)
@@ -151,7 +161,7 @@ class MeetingPoint:
 
     def load_chunks(self, chunks: dict[int, bytes]) -> list[int]:
         """Replace chunks of the basepoint by a donor's; the displacement, and so private work, is kept, except in the chunks returned
-        (see Exchange.load_chunks). Raises Refused."""
+        (see Exchange.load_chunks). Writes the weights: while a training thread owns them, only `between_steps`. Raises Refused."""
         with self._lock:
             return self.exchange.load_chunks(chunks)
 
@@ -177,6 +187,17 @@ class MeetingPoint:
     def exclusively(self) -> threading.RLock:
         """Hold this while reading weights and replica together, as a checkpoint does."""
         return self._lock
+
+    def _run_errands(self) -> None:
+        while self._errands:
+            work, done = self._errands.popleft()
+            if done.set_running_or_notify_cancel():
+                try:
+                    work()
+                except Refused as refusal:
+                    done.set_exception(refusal)
+                else:
+                    done.set_result(None)
 
     def _receive(self) -> tuple[tuple[Receipt, ...], int]:
         """Receipts of everything that waited, and how many packets were lost meanwhile. Part by part, so that memory stays bounded however

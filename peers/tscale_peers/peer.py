@@ -27,7 +27,7 @@ from tscale_peers.membership import Change, Membership, State
 from tscale_peers.messages import GOSSIP_KINDS, PACKET, RECORDS, decode_records
 from tscale_peers.notices import NoticeBoard
 from tscale_peers.records import PeerRecord, RecordBook, author_of
-from tscale_peers.share import RateAverage, share
+from tscale_peers.share import CountedRate, RateAverage, share
 from tscale_peers.surroundings import Author, Outside, PeerSettings
 from tscale_peers.traffic import Traffic
 
@@ -81,8 +81,7 @@ class SwarmPeer:
         """Held-out loss of the basepoint, set by whoever evaluates."""
         self._intake = intake
         self._state: tuple[bytes, bytes] = (b"", b"")
-        self._rate_at = clock.now()
-        self._rate_tokens: int | None = None
+        self._tokens = CountedRate(self.rate, clock.now())
         self._met_at = clock.now()
         self._idle_meeting: asyncio.Task[None] | None = None
         self._retry_refused_at: float | None = None
@@ -273,7 +272,7 @@ class SwarmPeer:
             self._spread(met)
         if met.state is not None:
             self._state = met.state
-        self._measure_rate(met)
+        self._tokens.note(met.progress.tokens, self._met_at)
 
     def _spread(self, met: Met) -> None:
         self.published += 1
@@ -285,14 +284,6 @@ class SwarmPeer:
         self.published_bytes = sum(len(body) for _, body in met.published)
         self.board.tell("published", f"delta {met.published[0][0][1]}: {self.published_bytes} bytes", keep=False)
         self._want_flush()
-
-    def _measure_rate(self, met: Met) -> None:
-        now = self.outside.clock.now()
-        if self._rate_tokens is None:
-            self._rate_tokens, self._rate_at = met.progress.tokens, now
-        if now - self._rate_at >= limits.tick_s:
-            self.rate.add(met.progress.tokens - self._rate_tokens, now - self._rate_at)
-            self._rate_tokens, self._rate_at = met.progress.tokens, now
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -388,6 +379,13 @@ class SwarmPeer:
                 self.outside.transport.send(action.peer, action.kind, action.body, action.channel)
             except Refused as refusal:  # too large for its channel: a fault of this program, and no reason to end the peer
                 self.board.refuse(refusal, "this program")
+
+    async def beside_training(self, work: Callable[[], None]) -> None:
+        """Do what writes weights: between two steps if a training thread owns them, else off the loop."""
+        if self.training_active:
+            await asyncio.wrap_future(self.meeting.between_steps(work))
+        else:
+            await self.off_loop(work)
 
     async def off_loop(self, work: Callable[[], T]) -> T:
         """Run in the executor where there is one, else here."""

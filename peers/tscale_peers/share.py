@@ -30,6 +30,23 @@ class RateAverage:
         return self.per_s
 
 
+class CountedRate:
+    """Feeds an average from a count that only grows, at most every `tick_s`."""
+
+    def __init__(self, average: RateAverage, now: float) -> None:
+        self._average = average
+        self._count: float | None = None
+        self._at = now
+
+    def note(self, count: float, now: float) -> None:
+        """The count stands here now. The first one only sets the start."""
+        if self._count is None:
+            self._count, self._at = count, now
+        if now - self._at >= limits.tick_s:
+            self._average.add(count - self._count, now - self._at)
+            self._count, self._at = count, now
+
+
 def share(own_per_s: float, others_per_s: Iterable[float]) -> float:
     """phi in [floor, 1]. Alone: 1. Nobody has a rate yet: equal parts."""
     others = list(others_per_s)

@@ -154,6 +154,28 @@ def test_packets_beyond_the_inbox_are_read_back_from_the_log_part_by_part(monkey
     assert peer.meeting.settle() == other.meeting.settle()
 
 
+def test_what_writes_weights_waits_for_the_next_meeting_and_hears_what_it_raised() -> None:
+    """A snapshot chunk that comes while a training thread is in the middle of a step must not be written under its hands."""
+    peer, donor = Peer(1), Peer(2)
+    donor.publication()
+    chunk = donor.exchange.replica.read_chunk(0)
+    peer.step()
+    peer.exchange.weights.add_(1e-3)  # the training thread, half through a step
+    weights = peer.exchange.weights.clone()
+    good = peer.meeting.between_steps(lambda: peer.meeting.load_chunks({0: chunk}) and None)
+    bad = peer.meeting.between_steps(lambda: peer.meeting.load_chunks({1: b"noise"}) and None)
+    never = peer.meeting.between_steps(lambda: pytest.fail("cancelled"))
+    never.cancel()
+    assert torch.equal(peer.exchange.weights, weights) and not good.done()
+    before = weights - peer.exchange.replica.weights()
+    peer.step(size=0.0)
+    assert good.result(timeout=0) is None
+    with pytest.raises(Refused):
+        bad.result(timeout=0)
+    assert torch.allclose(peer.exchange.displacement(), before, atol=1e-6), "the step that was under way is kept"
+    assert peer.exchange.replica.chunk_hash(0) == donor.exchange.replica.chunk_hash(0)
+
+
 def test_a_packet_that_the_log_has_dropped_meanwhile_is_counted_as_lost_and_known_no_more() -> None:
     peer, other = Peer(1), Peer(2)
     body = other.publication()[0]
