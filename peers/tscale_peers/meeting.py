@@ -117,7 +117,8 @@ class MeetingPoint:
         self._published_at_step = progress.steps
 
     def meet(self, progress: Progress) -> Met:
-        """Receive, publish if due, hash if affordable. Returns what was done (also posted to the event loop).
+        """Receive, publish if due, hash if affordable (always while not training: only what changed is hashed). Returns what was done, which
+        is also posted to the event loop.
 
         Raises Refused("not-finite") if local training has diverged. Any other refusal of a publication is in `Met.withheld`.
         """
@@ -131,7 +132,7 @@ class MeetingPoint:
             published, keep, withheld = self._publish(progress, self.share) if due else ((), 1.0, None)
             if withheld is not None and withheld.code == "not-finite":
                 raise withheld
-            met = Met(progress, receipts, published, keep, self._state(forced=False), lost, withheld)
+            met = Met(progress, receipts, published, keep, self._state(forced=not progress.trained), lost, withheld)
         self.post(met)
         return met
 

@@ -25,6 +25,8 @@ ANY_PORT = f"{LOOPBACK}:0"
 DEADLINE_S = 60.0
 """Far above what any of these steps takes on two busy cores."""
 POLL_S = 0.05
+SETTLED_S = 2.5
+"""Two idle meetings of a paused peer."""
 TEXT_BYTES = 200_000
 
 RUN_FILE = """
@@ -228,12 +230,17 @@ def agreed_state(peers: Sequence[PeerProcess], deadline_s: float = DEADLINE_S) -
 
 
 def same_state(peers: Sequence[PeerProcess], deadline_s: float = DEADLINE_S) -> tuple[str, str]:
+    """The state of all of them, once it is one and the same for a while: a delta may still be on its way, and a snapshot a second old."""
     end = time.monotonic() + deadline_s
     states: dict[str, tuple[str, str]] = {}
+    since, common = time.monotonic(), ("", "")
     while time.monotonic() < end:
         states = {peer.home.name: (s.applied_digest, s.basepoint_hash) for peer in peers if (s := peer.look()) is not None}
-        if len(states) == len(peers) and len(set(states.values())) == 1 and all(next(iter(states.values()))):
-            return next(iter(states.values()))
+        one = next(iter(states.values())) if len(states) == len(peers) and len(set(states.values())) == 1 else ("", "")
+        if one != common or not all(one):
+            since, common = time.monotonic(), one
+        elif time.monotonic() - since >= SETTLED_S:
+            return common
         time.sleep(POLL_S)
     outputs = "\n".join(f"--- {peer.home.name}\n{peer.text()}" for peer in peers)
     raise AssertionError(f"the replicas did not agree: {states}\n{outputs}")
