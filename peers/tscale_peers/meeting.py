@@ -117,8 +117,8 @@ class MeetingPoint:
         self._published_at_step = progress.steps
 
     def meet(self, progress: Progress) -> Met:
-        """Receive, publish if due, hash if affordable (always while not training: only what changed is hashed). Returns what was done, which
-        is also posted to the event loop.
+        """Receive, publish if due, hash if affordable (always while not training: only what changed is hashed). Returns what was done,
+        which is also posted to the event loop.
 
         Raises Refused("not-finite") if local training has diverged. Any other refusal of a publication is in `Met.withheld`.
         """
