@@ -2,7 +2,8 @@
 
 Enters: pyproject.toml and this machine (is there an NVIDIA GPU?). Leaves: .venv, with tscale-fed installed in place (editable).
 With a GPU torch comes from PyPI as it is, with CUDA. Without one, on Linux, the CPU build is asked for first, since PyPI's build would
-bring gigabytes of CUDA libraries that could not be used; its public index is used only if it answers. Standard library only.
+bring gigabytes of CUDA libraries that could not be used; its public index is used only if it answers. With `--tests`, a machine without a
+GPU also gets Triton (1 GB), whose interpreter checks the kernels there; a GPU's torch brings its own. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,24 +38,25 @@ class SetUpError(Exception):
     """One sentence for the user."""
 
 
-def main() -> int:
+def main(words: Sequence[str] = ()) -> int:
     if sys.version_info < OLDEST_PYTHON:
         print(f"set-up: Python 3.11 or newer is needed, this is {platform.python_version()}", file=sys.stderr)
         return 1
     started = time.monotonic()
     gpu = has_nvidia_gpu()
-    wanted = fingerprint(gpu)
-    if STAMP.is_file() and STAMP.read_text() == wanted and runs(PYTHON):
+    tests = "--tests" in words
+    enough = {fingerprint(gpu, True)} if tests else {fingerprint(gpu, True), fingerprint(gpu, False)}
+    if STAMP.is_file() and STAMP.read_text() in enough and runs(PYTHON):
         return 0
     try:
         make_environment()
         install_torch(gpu)
         say("installing tscale-fed and its tests' tools")
-        pip("install", "-e", ".[test]")
+        pip("install", "-e", ".[test,interp]" if tests and not gpu else ".[test]")
     except SetUpError as error:
         print(f"set-up: {error}", file=sys.stderr)
         return 1
-    STAMP.write_text(wanted)
+    STAMP.write_text(fingerprint(gpu, tests))
     say(f"ready after {time.monotonic() - started:.0f} s: {ENVIRONMENT.name}/bin holds tscale-peer, tscale-status and tscale")
     return 0
 
@@ -62,9 +65,9 @@ def say(sentence: str) -> None:
     print(f"set-up: {sentence}", flush=True)
 
 
-def fingerprint(gpu: bool) -> str:
+def fingerprint(gpu: bool, tests: bool) -> str:
     """Changes when the environment must be made again."""
-    parts = [platform.python_version(), str(gpu), str(ROOT)]
+    parts = [platform.python_version(), str(gpu), str(tests), str(ROOT)]
     parts += [(ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "scripts/set_up.py")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -146,4 +149,4 @@ def pip(*words: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

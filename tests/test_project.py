@@ -166,8 +166,24 @@ def test_without_a_gpu_the_cpu_build_is_asked_for_first(set_up: ModuleType, monk
 
 
 def test_set_up_is_redone_when_its_sources_change(set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    before = set_up.fingerprint(gpu=False)
-    assert before == set_up.fingerprint(gpu=False) != set_up.fingerprint(gpu=True) and len(before) == hashlib.sha256().digest_size * 2
+    before = set_up.fingerprint(gpu=False, tests=False)
+    assert before == set_up.fingerprint(gpu=False, tests=False) and len(before) == hashlib.sha256().digest_size * 2
+    assert len({before, set_up.fingerprint(gpu=True, tests=False), set_up.fingerprint(gpu=False, tests=True)}) == 3
+
+
+@pytest.mark.parametrize(("gpu", "words", "extras"), [(False, [], "test"), (False, ["--tests"], "test,interp"), (True, ["--tests"], "test")])
+def test_triton_comes_from_torch_where_there_is_a_gpu_and_otherwise_only_for_tests(
+    set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool, words: list[str], extras: str
+) -> None:
+    pip = Pip(set_up, monkeypatch, installed="2.13.0")
+    monkeypatch.setattr(set_up, "has_nvidia_gpu", lambda: gpu)
+    monkeypatch.setattr(set_up, "make_environment", lambda: None)
+    monkeypatch.setattr(set_up, "STAMP", tmp_path / "stamp")
+    monkeypatch.setattr(set_up, "runs", lambda python: True)
+    assert set_up.main(words) == 0
+    assert pip.asked[-1] == ("install", "-e", f".[{extras}]")
+    count = len(pip.asked)
+    assert set_up.main([]) == 0 and len(pip.asked) == count, "the tests' environment is enough for the rest"
 
 
 def test_an_old_python_is_refused_in_one_sentence(
