@@ -171,7 +171,9 @@ def test_set_up_is_redone_when_its_sources_change(set_up: ModuleType, monkeypatc
     assert len({before, set_up.fingerprint(gpu=True, tests=False), set_up.fingerprint(gpu=False, tests=True)}) == 3
 
 
-@pytest.mark.parametrize(("gpu", "words", "extras"), [(False, [], "test"), (False, ["--tests"], "test,interp"), (True, ["--tests"], "test")])
+@pytest.mark.parametrize(
+    ("gpu", "words", "extras"), [(False, [], "test"), (False, ["--tests"], "test,interp"), (True, ["--tests"], "test")]
+)
 def test_triton_comes_from_torch_where_there_is_a_gpu_and_otherwise_only_for_tests(
     set_up: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, gpu: bool, words: list[str], extras: str
 ) -> None:
