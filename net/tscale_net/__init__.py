@@ -6,6 +6,7 @@ What the rooms above use:
     errors.py            Refused: a reason code, one sentence, the fix          limits.py   every size, rate and time, with its reason
     identity.py          Ed25519 key, peer id, CURVE key, key file              words.py    friendly names
     address.py           the three forms of an address                          address_book.py   ids pinned at first contact
+    own_addresses.py     where others may reach this machine
     transport.py         ZmqTransport, the real Transport                       transfer.py Transfers: blobs over any Transport
     testing.py           the network in memory, virtual time, the conformance suite
 

@@ -7,7 +7,6 @@ handshake.py proves who is who; listener.py and dialler.py own the sockets; admi
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Sequence
 
 from tscale_net import hello as door
@@ -23,6 +22,7 @@ from tscale_net.frames import check_outgoing
 from tscale_net.handshake import HelloGate, HelloMaker
 from tscale_net.identity import Identity, curve_key_of, peer_id_of, public_key_of
 from tscale_net.listener import Listener
+from tscale_net.own_addresses import own_hosts
 from tscale_net.ports import Channel, Clock, Event, LinkInfo, PeerId, Rng
 from tscale_net.sessions import Sessions
 from tscale_net.sockets import listening_pair, new_context
@@ -130,7 +130,7 @@ class ZmqTransport:
         if self._advertise:
             found = [parse(text) for text in self._advertise]
         elif is_unspecified(bind_host):
-            found = [parse(Address(host, port).host_port) for host in _outbound_hosts(bind_host)]
+            found = [parse(Address(host, port).host_port) for host in own_hosts(bind_host)]
         else:
             found = [parse(Address(bind_host, port).host_port)]
         return [Address(address.host, address.port, self.peer_id, address.kind) for address in found]
@@ -241,14 +241,3 @@ class ZmqTransport:
     def _alive(self) -> None:
         if self._closed:
             raise Refused("closed")
-
-
-def _outbound_hosts(bind_host: str) -> list[str]:
-    """The address from which this machine reaches others (no packet is sent to find out); loopback if it reaches nobody."""
-    family, far, loopback = (socket.AF_INET6, "2001:db8::1", "::1") if ":" in bind_host else (socket.AF_INET, "192.0.2.1", "127.0.0.1")
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((far, 9))
-            return [str(probe.getsockname()[0])]
-        except OSError:
-            return [loopback]
