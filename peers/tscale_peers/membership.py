@@ -49,6 +49,8 @@ class Membership:
         book.pinned.add(me)
         self._told_by: dict[PeerId, Allowance] = {}
         self._untold: dict[PeerId, dict[PeerId, None]] = {}
+        self._silent: set[PeerId] = set()
+        """Linked, and no record has come over the link yet."""
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -70,13 +72,21 @@ class Membership:
         return record
 
     def link_up(self, peer: PeerId) -> None:
-        """A new neighbour is told everything once."""
-        self._untold[peer] = {heard.record.peer: None for heard in self.book.all() if heard.record.peer != peer}
+        """A new neighbour is told of this peer, and of all others once it speaks: a newcomer that still fetches data would not hear it."""
+        self._untold[peer] = {self.me: None}
+        self._silent.add(peer)
         self._told_by[peer] = Allowance(limits.records_per_s, limits.records_burst)
         self.book.pinned.add(peer)
 
+    def speaks(self, peer: PeerId) -> None:
+        """A neighbour has sent records; the first time on its link it is told everything."""
+        if peer in self._silent:
+            self._silent.discard(peer)
+            self._untold[peer] = {heard.record.peer: None for heard in self.book.all() if heard.record.peer != peer}
+
     def link_down(self, peer: PeerId) -> None:
         self._untold.pop(peer, None)
+        self._silent.discard(peer)
         self._told_by.pop(peer, None)
         self.book.pinned.discard(peer)
 

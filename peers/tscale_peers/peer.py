@@ -140,8 +140,11 @@ class SwarmPeer:
             self.meeting.offer(key)
 
     def share(self) -> float:
-        """phi: this peer's part of the live peers' tokens per second."""
-        return share(self.rate.per_s, [r.tokens_per_s for r in self.membership.live()])
+        """phi: this peer's part of the live peers' tokens per second. Neighbours not heard of yet count as being as fast as this one: a
+        newcomer that hears nobody's rate yet must not take itself for alone."""
+        live = self.membership.live()
+        unheard = len(self.linked - {r.peer for r in live})
+        return share(self.rate.per_s, [r.tokens_per_s for r in live] + [self.rate.per_s] * unheard)
 
     @property
     def state(self) -> tuple[bytes, bytes]:
@@ -217,6 +220,7 @@ class SwarmPeer:
 
     def _learn(self, sealed_records: Sequence[bytes], source: PeerId) -> None:
         now, wall = self.outside.clock.now(), self.outside.clock.wall()
+        self.membership.speaks(source)
         for sealed in sealed_records:
             record = self.membership.learn(sealed, now, source, wall)
             if record is None:

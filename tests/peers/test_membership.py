@@ -112,7 +112,11 @@ def test_news_is_told_once_per_link_and_again_on_a_new_link() -> None:
     assert len(m.news_for(neighbour.peer_id)) == 1
     m.link_down(neighbour.peer_id)
     m.link_up(neighbour.peer_id)
+    assert m.news_for(neighbour.peer_id) == [], "who has not spoken yet may not listen either"
+    m.speaks(neighbour.peer_id)
     assert len(m.news_for(neighbour.peer_id)) == 1
+    m.speaks(neighbour.peer_id)
+    assert m.news_for(neighbour.peer_id) == []
     assert m.learn(sealed(identity(4)), 2.0, source=neighbour.peer_id) is not None
     assert m.news_for(neighbour.peer_id) == [], "what came from there is not told back"
 

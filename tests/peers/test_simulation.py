@@ -168,6 +168,18 @@ def test_the_seed_dies_and_newcomers_join_through_any_peer() -> None:
     simulate(scenario)
 
 
+def test_who_hears_nobodys_rate_yet_does_not_take_itself_for_alone() -> None:
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        await founded(swarm, 0)
+        await swarm.clock.sleep(10)
+        peer = of(swarm.peers[0])
+        assert peer.rate.per_s > 0 and peer.share() == 1.0
+        peer.linked.add("a neighbour whose record is still on its way")
+        assert peer.share() == 0.5
+
+    simulate(scenario)
+
+
 def test_a_donor_that_dies_during_the_snapshot_is_replaced() -> None:
     async def scenario(swarm: SimulatedSwarm) -> None:
         address = await founded(swarm, 3)
