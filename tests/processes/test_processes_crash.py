@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from log_oracle import assert_contiguous, packets_of, rebuilt
-from process_kit import Swarm, agreed_state, free_port, resume, same_state, write_run
+from process_kit import Swarm, agreed_state, free_port, resume, write_run
 
 from tscale_fed.status import Status
 
@@ -92,4 +92,4 @@ def test_kill_in_the_moment_of_publication(swarm: Swarm, tmp_path: Path) -> None
     assert seed.command("stop")
     assert seed.ends() == 0, seed.text()
     ann.until(lambda s: [row.state for row in s.peers] == ["left"], "seed gone in order")
-    assert same_state([ann])
+    assert agreed_state([ann])
