@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from blake3 import blake3
 from tscale_peers import limits
 from tscale_peers.errors import refuse
 from tscale_peers.packet import Key
-from tscale_peers.packet_log import LogIndex, MemoryLog, PacketLog
+from tscale_peers.packet_log import IndexedLog, LogIndex, MemoryLog, PacketLog
 
 __all__ = ["DeltaLog", "MemoryLog", "PacketLog"]
 
@@ -57,7 +56,7 @@ class _Place:
     length: int
 
 
-class DeltaLog:
+class DeltaLog(IndexedLog):
     """The log in a folder of its own, which is created. Close it at the end.
 
     `notices`: sentences about what was found damaged when it was opened, for the start-up screen.
@@ -71,13 +70,12 @@ class DeltaLog:
         max_bytes: int = limits.log_default_bytes,
         segment_bytes: int = limits.log_segment_bytes,
     ) -> None:
+        super().__init__()
         self.notices: list[str] = []
         self._folder = folder
         self._retain = retain_per_stream
         self._max_bytes = max_bytes
         self._segment_bytes = min(segment_bytes, max(1, max_bytes // 4))
-        self._lock = threading.Lock()
-        self._index = LogIndex()
         self._hold: dict[bytes, int] = {}
         self._segments: list[_Segment] = []
         try:
@@ -158,26 +156,6 @@ class DeltaLog:
                 self._index.drop(key)
                 self.notices.append(f"the delta log has a damaged record in {place.segment.path.name}; it is fetched from others if needed")
             return body
-
-    def holds(self, key: Key) -> bool:
-        with self._lock:
-            return self._index.get(key) is not None
-
-    def keys(self, stream_key: bytes, first: int = 1, last: int = limits.applied_seq_max, chunk: int | None = None) -> list[Key]:
-        with self._lock:
-            return self._index.keys(stream_key, first, last, chunk)
-
-    def all_keys(self) -> list[Key]:
-        with self._lock:
-            return self._index.all_keys()
-
-    def oldest(self, stream_key: bytes) -> int:
-        with self._lock:
-            return self._index.oldest(stream_key)
-
-    def latest(self, stream_key: bytes, chunk: int) -> int:
-        with self._lock:
-            return self._index.latest(stream_key, chunk)
 
     @property
     def size_bytes(self) -> int:

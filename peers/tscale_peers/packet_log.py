@@ -88,31 +88,12 @@ class LogIndex:
         return max((max(chunks[c]) for c in (chunks if chunk is None else {chunk} & chunks.keys())), default=0)
 
 
-class MemoryLog:
-    """The same without a disk."""
+class IndexedLog:
+    """What both logs answer from their index alone."""
 
-    def __init__(self, retain_per_stream: int = limits.log_default_retain) -> None:
-        self._retain = retain_per_stream
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._index = LogIndex()
-        self._hold: dict[bytes, int] = {}
-
-    def append(self, body: bytes, key: Key, fsync: bool = False) -> bool:
-        with self._lock:
-            if self._index.get(key) is not None:
-                return False
-            self._index.put(key, body)
-            self._trim(key[0])
-            return True
-
-    def append_all(self, packets: Sequence[tuple[bytes, Key]], fsync: bool = False) -> None:
-        for body, key in packets:
-            self.append(body, key)
-
-    def get(self, key: Key) -> bytes | None:
-        with self._lock:
-            body = self._index.get(key)
-        return body if isinstance(body, bytes) else None
 
     def holds(self, key: Key) -> bool:
         with self._lock:
@@ -133,6 +114,32 @@ class MemoryLog:
     def latest(self, stream_key: bytes, chunk: int) -> int:
         with self._lock:
             return self._index.latest(stream_key, chunk)
+
+
+class MemoryLog(IndexedLog):
+    """The same without a disk."""
+
+    def __init__(self, retain_per_stream: int = limits.log_default_retain) -> None:
+        super().__init__()
+        self._retain = retain_per_stream
+        self._hold: dict[bytes, int] = {}
+
+    def append(self, body: bytes, key: Key, fsync: bool = False) -> bool:
+        with self._lock:
+            if self._index.get(key) is not None:
+                return False
+            self._index.put(key, body)
+            self._trim(key[0])
+            return True
+
+    def append_all(self, packets: Sequence[tuple[bytes, Key]], fsync: bool = False) -> None:
+        for body, key in packets:
+            self.append(body, key)
+
+    def get(self, key: Key) -> bytes | None:
+        with self._lock:
+            body = self._index.get(key)
+        return body if isinstance(body, bytes) else None
 
     def hold(self, stream_key: bytes, seq: int) -> None:
         with self._lock:
