@@ -1,4 +1,4 @@
-"""Cases: one description of a kernel's call that the interpreter test, the GPU check, the ahead-of-time gate, the bench and the tuner share.
+"""Cases: one description of a kernel's call for the interpreter test, the GPU check, the ahead-of-time gate, the bench and the tuner.
 
 A cases module (cases_matmul.py, cases_backward.py, cases_attention.py, cases_ends.py) holds
 
@@ -219,9 +219,9 @@ def compare(name: str, got: Tensor, want: Tensor, limit: Limit) -> tuple[bool, s
         return _compare_codes(name, got, want, limit)
     if limit == 0:
         wrong = int((as_bits(got) != as_bits(want)).sum())
-        return wrong == 0, f"{name} same bits" if wrong == 0 else f"{name} {wrong}/{got.numel()} elements differ, {_first_difference(got, want)}"
+        return _verdict(wrong == 0, f"{name} same bits" if wrong == 0 else f"{name} {wrong}/{got.numel()} elements differ", got, want)
     error = relative_error(got, want)
-    return error <= limit, f"{name} {error:.1e}" + ("" if error <= limit else f" > {limit:.0e}, {_first_difference(got, want)}")
+    return _verdict(error <= limit, f"{name} {error:.1e} (limit {limit:.0e})", got, want)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -241,9 +241,9 @@ def as_bits(x: Tensor) -> Tensor:
 
 def _compare_codes(name: str, got: Tensor, want: Tensor, limit: CodeLimit) -> tuple[bool, str]:
     distance = (_code_number(got) - _code_number(want)).abs()
-    share, farthest = float((distance > 0).double().mean()), int(distance.max()) if distance.numel() else 0
+    share, farthest = float((distance > 0).double().mean()), int(distance.max())
     good = share <= limit.share and farthest <= 1
-    return good, f"{name} {share:.1e} off by {farthest}" + ("" if good else f" > {limit.share:.0e} off by 1, {_first_difference(got, want)}")
+    return _verdict(good, f"{name} {share:.1e} off by {farthest} (limit {limit.share:.0e} off by 1)", got, want)
 
 
 def _code_number(x: Tensor) -> Tensor:
@@ -255,7 +255,10 @@ def _code_number(x: Tensor) -> Tensor:
     return torch.where((bits & sign) != 0, -magnitude, magnitude)
 
 
-def _first_difference(got: Tensor, want: Tensor) -> str:
+def _verdict(good: bool, figures: str, got: Tensor, want: Tensor) -> tuple[bool, str]:
+    """The figures and, for a failure, the first element that differs."""
+    if good:
+        return True, figures
     at = int((as_bits(got) != as_bits(want)).reshape(-1).to(torch.uint8).argmax())
     place = [int(i) for i in torch.unravel_index(torch.tensor(at), got.shape)]
-    return f"first at {place}: {got.reshape(-1)[at].item():.6g}, expected {want.reshape(-1)[at].item():.6g}"
+    return False, f"{figures}; first at {place}: {got.reshape(-1)[at].item():.6g}, expected {want.reshape(-1)[at].item():.6g}"
