@@ -1,0 +1,80 @@
+"""What a trainer needs of whatever computes its steps: the engine over the kernels, or the autograd reference.
+
+Enters: a `StepBatch` on the CPU, the whole text of one step. Leaves: the loss sum, a gradient, and after `update` new weights. How many
+fragments go through the device at once is the engine's own business: any split gives the same arithmetic up to rounding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from tscale_fed.model.labels import input_labels
+from tscale_fed.model.loss import NO_TARGET
+from tscale_fed.model.parameters import Parameters
+from tscale_fed.model.shape import ModelShape
+from tscale_fed.optimizer.rule import Optimizer
+
+
+class StepBatch(NamedTuple):
+    """The text of a step, B fragments of T tokens, on the CPU."""
+
+    text: Tensor
+    """int64 [B, T]; only document boundaries are read off it."""
+    target: Tensor
+    """int64 [B, T], -1 = no target."""
+    labels: Tensor
+    """int64 [B, T, K]: embedding rows of every position."""
+    signs: Tensor
+    """fp32 [K]: +-1."""
+    step: int = 0
+    """Own steps done before: seeds the rounding noise, and is named in refusals."""
+
+    @staticmethod
+    def make(
+        shape: ModelShape,
+        text: Tensor,
+        target: Tensor,
+        *,
+        token_keep: Tensor | None = None,
+        noise: torch.Generator | None = None,
+        step: int = 0,
+    ) -> StepBatch:
+        """Labels of text [B, T] and target [B, T]: token_keep bool [B, T] drops tokens, `noise` draws noise rows (see `Model.loss`)."""
+        labels, signs = input_labels(shape, text, token_keep, noise)
+        return StepBatch(text, target, labels, signs, step)
+
+    @property
+    def fragments(self) -> int:
+        return self.text.shape[0]
+
+    @property
+    def targets(self) -> int:
+        """Positions with a target."""
+        return int((self.target != NO_TARGET).sum())
+
+    def part(self, start: int, stop: int) -> StepBatch:
+        """Fragments start to stop."""
+        return StepBatch(self.text[start:stop], self.target[start:stop], self.labels[start:stop], self.signs, self.step)
+
+
+class TrainingEngine(Protocol):
+    """One model on one device. Not thread-safe: one thread calls it. The weights may be changed in place between two steps."""
+
+    shape: ModelShape
+    parameters: Parameters
+    optimizer: Optimizer
+
+    def accumulate(self, batch: StepBatch) -> float:
+        """Loss sum in nats of the batch at the present weights; its summed gradient waits for `update`.
+
+        Raises Refused, weights and optimizer unchanged and no gradient waiting: "loss-not-finite" with step, layer and operation,
+        "out-of-memory" if not even one fragment fits.
+        """
+        ...
+
+    def update(self, rate: float) -> None:
+        """Apply the optimizer to the gradient that waits, and forget it."""
+        ...
