@@ -1,6 +1,6 @@
 """What all 8-bit matrix products share: the order of tiles, the loop over the contraction, operands by descriptor or by pointer.
 
-Products are a [R, K] times b [C, K] transposed, both with K contiguous: tensor cores take 8-bit operands in no other order, so whoever needs
+Products are a [R, K] times b [C, K] transposed, both with K contiguous: tensor cores take 8-bit operands in no other order, so who needs
 the other order stores a transposed copy (`quantize.py`, `pack_weights.py`). R, C and K are multiples of 128.
 On sm_90 and newer operands come through TMA descriptors made on the host, below through pointers (there descriptors would spill:
 spec/kernels.md 3). A kernel is written once: it gets `a` and `b` as either, and the constant TMA says which.
@@ -50,6 +50,16 @@ if has_triton():
             return tl.load(x + rows[:, None].to(tl.int64) * row_stride + columns[None, :])
 
     @triton.jit
+    def store_tile(x, row, column, row_stride, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):  # type: ignore[no-untyped-def]
+        """x[row : row + ROWS, column : column + COLUMNS] = tile, which has x's dtype already."""
+        if TMA:
+            x.store([row, column], tile)
+        else:
+            rows = row + tl.arange(0, ROWS)
+            columns = column + tl.arange(0, COLUMNS)
+            tl.store(x + rows[:, None].to(tl.int64) * row_stride + columns[None, :], tile)
+
+    @triton.jit
     def product_tile(  # type: ignore[no-untyped-def]
         a, b, row, column, first_k, k_blocks, a_stride, b_stride,
         BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, ACC: tl.constexpr, TMA: tl.constexpr,
@@ -80,6 +90,11 @@ if has_triton():
         return tl.int32 if code == torch.int8 else tl.float32
 
 
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device; (9, 0) for the interpreter (CPU tensors), so that tests run the path of the H100."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else FIRST_CAPABILITY_WITH_TMA
+
+
 def uses_tma(device: torch.device) -> bool:
-    """Whether kernels on `device` take descriptors. The interpreter (CPU tensors) does, so that tests run the same path."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY_WITH_TMA
+    """Whether kernels on `device` take descriptors."""
+    return capability(device) >= FIRST_CAPABILITY_WITH_TMA
