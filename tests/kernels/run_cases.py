@@ -1,0 +1,137 @@
+"""Runs cases: finds them, runs one on both backends, says PASS, FAIL or SKIP in one line that carries the figures.
+
+Enters: names of cases modules, a setting. Leaves: outcomes; an error inside a case (a kernel that does not compile too) is an outcome.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from case_protocol import Case, Setting, Skip, Tensors, compare
+
+from tscale_kernels.tiles import capability
+
+CASE_MODULES = ("cases_matmul", "cases_backward", "cases_attention", "cases_ends")
+FIRST_CAPABILITY_WITH_FP8 = (8, 9)
+Builder = Callable[[Setting], Case]
+HERE = Path(__file__).resolve().parent
+_LONGEST_MESSAGE = 700
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one case."""
+
+    name: str
+    verdict: Literal["PASS", "FAIL", "SKIP"]
+    text: str
+    seconds: float
+
+    def line(self) -> str:
+        return f"{self.verdict} {self.name} ({self.seconds:.1f} s): {self.text}"
+
+
+def found_modules() -> list[str]:
+    """Cases modules of this folder, the four of the contract first."""
+    known = [name for name in CASE_MODULES if (HERE / f"{name}.py").exists()]
+    return known + sorted(path.stem for path in HERE.glob("cases_*.py") if path.stem not in known)
+
+
+def load_cases(modules: list[str], wanted: list[str] | None = None) -> dict[str, Builder]:
+    """Name -> builder of every case whose name contains one of `wanted`. A module that cannot be imported is one case that fails."""
+    cases: dict[str, Builder] = {}
+    for module in modules:
+        try:
+            found = dict(importlib.import_module(module).CASES)
+        except Exception as error:
+            found = {f"import {module}": _raises(error)}
+        twice = cases.keys() & found.keys()
+        if twice:
+            raise ValueError(f"{module}: cases {sorted(twice)} are those of another module; choose other names")
+        cases.update(found)
+    return {name: build for name, build in cases.items() if not wanted or any(part in name for part in wanted)}
+
+
+def check(name: str, build: Builder, setting: Setting) -> Outcome:
+    """One case on both backends, compared as its limits say."""
+    start = time.perf_counter()
+    if lacks_fp8(name, capability(setting.device)):
+        return Outcome(name, "SKIP", "the card has no fp8", 0.0)
+    try:
+        good, text = _compared(build(setting))
+        verdict: Literal["PASS", "FAIL", "SKIP"] = "PASS" if good else "FAIL"
+    except Skip as reason:
+        verdict, text = "SKIP", str(reason)
+    except Exception as error:
+        verdict, text = "FAIL", short_traceback(error)
+    return Outcome(name, verdict, text, time.perf_counter() - start)
+
+
+def _compared(case: Case) -> tuple[bool, str]:
+    reference, outputs = case.outputs(), case.outputs()
+    case.run(reference, "ref")
+    case.run(outputs, "triton")
+    if outputs and next(iter(outputs.values())).device.type == "cuda":
+        torch.cuda.synchronize()
+    results = [compare(name, outputs[name], reference[name], limit) for name, limit in case.limits.items()]
+    if case.exact is not None:
+        results += _against_exact(case, {"ref": reference, "triton": outputs})
+    good = all(result for result, _ in results)
+    return good, "; ".join(text for result, text in results if good or not result) or "nothing compared"
+
+
+def _against_exact(case: Case, backends: dict[str, Tensors]) -> list[tuple[bool, str]]:
+    assert case.exact is not None
+    exact = case.exact()
+    return [
+        compare(f"{backend} {name} to fp64", outputs[name].double(), exact[name], limit)
+        for backend, outputs in backends.items()
+        for name, limit in case.exact_limits.items()
+    ]
+
+
+def lacks_fp8(name: str, capability: tuple[int, int]) -> bool:
+    """Whether a case of this name has fp8 operands and the card no instructions for them."""
+    return "e4m3" in name and capability < FIRST_CAPABILITY_WITH_FP8
+
+
+def is_broken_device(error_text: str) -> bool:
+    """Whether the CUDA context is lost, so that the process must be left."""
+    return any(words in error_text for words in ("CUDA error", "illegal memory access", "misaligned address", "device-side assert"))
+
+
+def short_traceback(error: BaseException) -> str:
+    """Where in the project, and the beginning of what was said (a compiler's message can be pages long)."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames if HERE.parents[1] in Path(frame.filename).parents]
+    message, cause = f"{type(error).__name__}: {error}".strip(), error.__cause__
+    while cause is not None:
+        message, cause = f"{message} | because {type(cause).__name__}: {cause}", cause.__cause__
+    message = message if len(message) <= _LONGEST_MESSAGE else f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 2 :]}"
+    return f"{' > '.join(part for part in own if not part.startswith('run_cases'))} {message}"
+
+
+def with_seed(setting: Setting, seed: int) -> Setting:
+    """The same place and sizes, other numbers."""
+    return replace(setting, seed=seed)
+
+
+def add_paths() -> None:
+    """For scripts: the rooms and this folder can be imported."""
+    root = HERE.parents[1]
+    sys.path[:0] = [str(HERE), str(root), *(str(root / room) for room in ("net", "kernels", "peers"))]
+
+
+def _raises(error: Exception) -> Builder:
+    def build(setting: Setting) -> Case:
+        raise error
+
+    return build
