@@ -80,7 +80,8 @@ def transpose_scaled(
     """Codes of x * token_scale by columns, transposed.
 
     x: codes [M, K] whose values are code / vector_scale; relu: take max(x, 0). token_scale: fp32 [M], > 0.
-    Writes codes_t [K, M] of x's dtype, column_unit fp32 [K] (which includes 1 / vector_scale); column_max fp32 [K] is scratch. M and K are multiples of 128.
+    Writes codes_t [K, M] of x's dtype and column_unit fp32 [K] (which includes 1 / vector_scale); column_max fp32 [K] is scratch.
+    M and K are multiples of 128.
     """
     choose(x.device, backend)
     ref_transpose_scaled(x, token_scale=token_scale, relu=relu, codes_t=codes_t, column_max=column_max, column_unit=column_unit)
