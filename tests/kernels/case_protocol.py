@@ -77,6 +77,12 @@ class AttentionSize:
     width: int
     part: Literal["forward", "backward"]
 
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions over the pairs (token, earlier token in its window); backward has 5 products, forward 2."""
+        pairs = sum(min(token, self.width) for token in range(self.tokens))
+        return self.fragments * self.heads * pairs * 2 * 128 * (2 if self.part == "forward" else 5)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -88,12 +94,19 @@ class Case:
     exact: Callable[[], Tensors] | None = None
     exact_limits: Mapping[str, float] = field(default_factory=dict)
     matmul: tuple[int, int, int] | None = None
-    """(rows, columns, contraction) of the product inside; the bench puts bf16 cuBLAS of the same size beside it."""
+    """(rows, columns, contraction) of the product inside, of all its products if several have the same rows and columns (add their
+    contractions); the bench puts bf16 cuBLAS of the same size beside it."""
     attention: AttentionSize | None = None
     """The bench puts torch's SDPA of the same size beside it."""
     bytes_moved: int = 0
     """Least traffic with memory: inputs and outputs once each."""
     timed: bool = True
+
+    @property
+    def operations(self) -> int:
+        """Of the product or the attention; 0 for what only moves bytes."""
+        product = 2 * self.matmul[0] * self.matmul[1] * self.matmul[2] if self.matmul else 0
+        return product + (self.attention.operations if self.attention else 0)
 
 
 @dataclass(frozen=True)
