@@ -29,7 +29,7 @@ from tscale_kernels.dispatch import BackendName, choose, has_triton
 def round_steps(steps: Tensor) -> Tensor:
     """Nearest values (half up) that the 16-bit code can hold, at most limits.max_step. int32 or int64 >= 0, any shape."""
     wide = steps.to(torch.int64).clamp(max=limits.max_step)
-    drop = (_bit_length(wide) - limits.step_mantissa_bits).clamp(min=0)
+    drop = (bit_length(wide) - limits.step_mantissa_bits).clamp(min=0)
     half = torch.where(drop > 0, torch.ones_like(wide) << (drop - 1).clamp(min=0), torch.zeros_like(wide))
     return (((wide + half) >> drop) << drop).clamp(max=limits.max_step).to(torch.int32)
 
@@ -37,7 +37,7 @@ def round_steps(steps: Tensor) -> Tensor:
 def steps_to_codes(steps: Tensor) -> Tensor:
     """16-bit codes (mantissa << 5 | exponent) of steps that `round_steps` returned. int32 -> int32 in 0..65535."""
     wide = steps.to(torch.int64)
-    exponent = (_bit_length(wide) - limits.step_mantissa_bits).clamp(min=0)
+    exponent = (bit_length(wide) - limits.step_mantissa_bits).clamp(min=0)
     return ((wide >> exponent) << limits.step_exponent_bits | exponent).to(torch.int32)
 
 
@@ -56,7 +56,7 @@ def codes_to_steps(codes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(valid, value, torch.zeros_like(value)).to(torch.int32), valid
 
 
-def _bit_length(values: Tensor) -> Tensor:
+def bit_length(values: Tensor) -> Tensor:
     """Bits that hold each value (0 for 0). int64 in 0..2**24, exact in fp32, whose exponent field is the answer."""
     return torch.frexp(values.to(torch.float32)).exponent.to(torch.int64)
 

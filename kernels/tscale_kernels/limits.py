@@ -21,3 +21,30 @@ triton_block_bytes = 32
 """Packed bytes (256 elements) that one Triton program handles per step of its row. Measured on an H100, 2**28 elements, torch's fp32 add at
 2.9 TB/s: rows of 1280 encode at 2.4 and apply at 2.8 TB/s (blocks of 256: 2.7 and 2.9); rows of 128 encode at 0.8 and apply at 1.7 TB/s
 (blocks of 256: 0.4 and 1.2), so the small block is the better one for both."""
+
+# -- deltas of 8 bits, of the largest values, of low rank --------------------------------------------------------------
+
+delta_block = 128
+"""Values that share a step in an 8-bit delta: 16 bits of step for 1024 bits of codes, as in the original's weight gradients."""
+max_block_step = 1 << 17
+"""Largest step of an 8-bit delta: 127 such steps stay below `max_step`."""
+delta_blocks_per_program = 16
+"""Blocks (2048 values) that one Triton program encodes or adds: 16 values per thread of 4 warps. A guess, not yet measured."""
+topk_stretch = 1 << 12
+"""Values from which the k largest are picked. A position takes 12 bits; a program holds a stretch in registers. (SparseLoCo's size.)"""
+topk_max_exponent = 24
+"""2**24 is `max_step`."""
+topk_picks_per_program = 256
+"""Picks that one Triton program adds: a gather and a scatter, so small programs and many of them. A guess, not yet measured."""
+max_rank = 128
+"""Of a low-rank delta: sums of 128 products of int8 stay below 2**21, exact in fp32; above it 8-bit codes are hardly larger."""
+lowrank_max_exponent = 9
+"""Sums below 2**21 times 2**9 stay within int32."""
+lowrank_min_exponent = -24
+"""A sum below 2**21 shifted by more is zero; three bits to spare."""
+lowrank_ridge = 1e-6
+"""Part of its mean diagonal that is added to a Gram matrix: fp32 rounding of r <= 128 dependent columns stays below it."""
+lowrank_fresh = 1e-2
+"""Part of the start (columns of length 1) in the next one: too little to slow the iteration, enough to find a lost direction again."""
+lowrank_tile = (64, 128)
+"""Rows and columns that one Triton program of 8 warps adds to: 32 values per thread. A guess, not yet measured."""

@@ -1,0 +1,218 @@
+"""Eight-bit deltas on an exact grid: a code per value, a step per block of 128; encode a displacement, add a decoded delta.
+
+The values of a displacement d [R, C] are taken in row-major order and cut into blocks of 128 (the last may be shorter). With the author's
+coefficient c and u = 2**unit_exponent:
+    step_b = ceil(max|d_b| * c / u / 127)   at least 1 if the block is not zero, else 0; then rounded up to 11 significant bits
+    code_x = round(d_x * c / u / step_b)    to the nearest even, within -127..127
+    decoded delta = code_x * step_b, an integer multiple of u
+Rounding the step up means that no code clips, so the remainder is at most half a step: |d - q| <= |d| for every value that the codes reach,
+and the remainder stays in the author's displacement (error feedback). Steps are those of the 16-bit code in `delta_onebit`.
+
+Exactness: `apply` is integer arithmetic alone. `encode` is exact maxima, single fp32 products and quotients, and integer rounding, so every
+backend and device gives the same codes and steps too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tscale_kernels import limits
+from tscale_kernels.delta_onebit import bit_length
+from tscale_kernels.dispatch import BackendName, choose, has_triton
+
+_LARGEST_CODE = 127
+
+
+def blocks(size: int) -> int:
+    """Blocks of a matrix of `size` values: the number of its steps."""
+    return -(-size // limits.delta_block)
+
+
+def valid(codes: Tensor) -> Tensor:
+    """bool [1], on the device: no code is -128, which no encoder writes. codes: int8, any shape."""
+    return (codes != -_LARGEST_CODE - 1).all().reshape(1)
+
+
+# -- reference ---------------------------------------------------------------------------------------------------------
+
+
+def ref_encode(displacement: Tensor, coefficient: float, unit_exponent: int) -> tuple[Tensor, Tensor]:
+    """See `encode`; a block that holds NaN or infinite values gets step -1."""
+    flat = displacement.reshape(-1)
+    codes = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
+    steps = torch.empty(blocks(flat.numel()), dtype=torch.int32, device=flat.device)
+    scale = _scale(coefficient, unit_exponent)
+    for first, last in _passes(flat):
+        values = _whole_blocks(flat[first:last].float())
+        peak = values.abs().amax(dim=1)
+        units = (peak * scale).clamp(max=float(_LARGEST_CODE * limits.max_block_step))
+        found = torch.ceil(units * (1.0 / _LARGEST_CODE)).clamp(min=1.0)
+        step = _round_up(torch.where((peak > 0) & torch.isfinite(peak), found, torch.zeros_like(found)).to(torch.int32))
+        inverse = step.clamp(min=1).float().reciprocal()
+        scaled = values.mul(scale).mul_(inverse[:, None]).clamp_(-_LARGEST_CODE, _LARGEST_CODE).round_()
+        codes[first:last] = scaled.to(torch.int8).reshape(-1)[: last - first]
+        steps[first // limits.delta_block : blocks(last)] = torch.where(torch.isfinite(peak), step, -torch.ones_like(step))
+    return codes, steps
+
+
+def ref_apply(basepoint: Tensor, codes: Tensor, steps: Tensor, sign: int = 1) -> None:
+    """See `apply`."""
+    _each_block(basepoint, codes, steps * sign)
+
+
+def ref_leak(displacement: Tensor, codes: Tensor, amounts: Tensor) -> None:
+    """See `leak`."""
+    _each_block(displacement, codes, -amounts)
+
+
+def _scale(coefficient: float, unit_exponent: int) -> float:
+    return coefficient * 2.0**-unit_exponent
+
+
+def _round_up(steps: Tensor) -> Tensor:
+    """The smallest numbers of 11 significant bits that are not below `steps`. int32 in 0..max_block_step."""
+    drop = (bit_length(steps) - limits.step_mantissa_bits).clamp(min=0).to(torch.int32)
+    return ((steps + (torch.ones_like(steps) << drop) - 1) >> drop) << drop
+
+
+def _passes(flat: Tensor) -> list[tuple[int, int]]:
+    """(first, last) of slices of whole blocks: of a size that stays in a CPU's cache, elsewhere everything at once."""
+    size = flat.numel()
+    each = limits.cpu_block_elements if flat.device.type == "cpu" else max(1, size)
+    return [(first, min(size, first + each)) for first in range(0, size, each)]
+
+
+def _whole_blocks(flat: Tensor) -> Tensor:
+    """[blocks, 128], filled up with zeros."""
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % limits.delta_block)).view(-1, limits.delta_block)
+
+
+def _each_block(target: Tensor, codes: Tensor, amounts: Tensor) -> None:
+    """target[x] += codes[x] * amounts[block of x]."""
+    flat = target.view(-1)
+    for first, last in _passes(flat):
+        amount = amounts[first // limits.delta_block : blocks(last), None]
+        values = _whole_blocks(codes[first:last].to(target.dtype)).mul_(amount).view(-1)
+        flat[first:last].add_(values[: last - first])
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+# One program handles some whole blocks, so a block's step is found and used by the same program.
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+    from tscale_kernels.codes import ROUND_MAGIC
+
+    @triton.jit
+    def encode_kernel(displacement, codes, steps, size, scale, limit, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Codes and steps of BLOCKS blocks of BLOCK values; step -1 where a value is not finite. Pointers: fp32, int8, int32."""
+        o_block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        o_value = o_block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        m_value = o_value < size
+        b_value = tl.load(displacement + o_value, mask=m_value, other=0.0)
+        # Magnitudes are compared as integers: NaN and infinity then come out on top instead of being skipped.
+        peak_bits = tl.max(b_value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+        finite = peak_bits < 0x7F800000
+        units = tl.minimum(peak_bits.to(tl.float32, bitcast=True) * scale, limit)
+        step = tl.where(finite & (peak_bits > 0), tl.maximum(tl.ceil(units * (1.0 / 127.0)), 1.0), 0.0).to(tl.int32)
+        # The exponent field of an exact fp32 integer is its bit length; 11 bits of it are kept.
+        drop = tl.maximum((step.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126 - 11, 0)
+        step = ((step + (1 << drop) - 1) >> drop) << drop
+        inverse = tl.div_rn(1.0, tl.maximum(step, 1).to(tl.float32))
+        scaled = tl.minimum(tl.maximum((b_value * scale) * inverse[:, None], -127.0), 127.0)
+        code = ((scaled + ROUND_MAGIC) - ROUND_MAGIC).to(tl.int8)
+        tl.store(codes + o_value, code, mask=m_value)
+        tl.store(steps + o_block, tl.where(finite, step, -1), mask=o_block * BLOCK < size)
+
+    @triton.jit
+    def add_kernel(target, codes, amounts, size, BLOCKS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        """target[x] += codes[x] * amounts[block of x]. target and amounts: int32 or fp32 pointers of one type; codes: int8."""
+        o_block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        o_value = o_block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        m_value = o_value < size
+        amount = tl.load(amounts + o_block, mask=o_block * BLOCK < size, other=0)
+        code = tl.load(codes + o_value, mask=m_value, other=0)
+        b_value = tl.load(target + o_value, mask=m_value, other=0)
+        tl.store(target + o_value, b_value + code.to(amount.dtype) * amount[:, None], mask=m_value)
+
+
+def _grid(size: int) -> tuple[int]:
+    return (-(-blocks(size) // limits.delta_blocks_per_program),)
+
+
+def _launch_encode(displacement: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    size = _kernel_size(displacement)
+    codes = torch.empty(size, dtype=torch.int8, device=displacement.device)
+    steps = torch.empty(blocks(size), dtype=torch.int32, device=displacement.device)
+    limit = float(_LARGEST_CODE * limits.max_block_step)
+    encode_kernel[_grid(size)](displacement, codes, steps, size, scale, limit, **_launch())
+    return codes, steps
+
+
+def _launch_add(target: Tensor, codes: Tensor, amounts: Tensor) -> None:
+    size = _kernel_size(target)
+    add_kernel[_grid(size)](target, codes, amounts, size, **_launch())
+
+
+def _launch() -> dict[str, Any]:
+    """Multiplications and additions stay two roundings, as in the reference."""
+    return {"BLOCKS": limits.delta_blocks_per_program, "BLOCK": limits.delta_block, "num_warps": 4, "enable_fp_fusion": False}
+
+
+def _kernel_size(matrix: Tensor) -> int:
+    if not matrix.is_contiguous() or matrix.dtype not in (torch.float32, torch.int32):
+        raise ValueError(f"the triton backend needs contiguous fp32 or int32, not {matrix.dtype} with strides {matrix.stride()}")
+    return matrix.numel()
+
+
+# -- run ---------------------------------------------------------------------------------------------------------------
+
+
+def encode(displacement: Tensor, coefficient: float, unit_exponent: int, backend: BackendName | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and steps of one matrix.
+
+    displacement: fp32 or fp64 (reference only) [R, C], contiguous, any device. coefficient: > 0.
+    Returns codes int8 [R*C] and steps int32 [blocks(R*C)]. Raises ValueError if a value is not finite.
+    """
+    codes, steps = encode_unchecked(displacement, coefficient, unit_exponent, backend)
+    if bool((steps < 0).any()):
+        raise ValueError("the displacement holds NaN or infinite values")
+    return codes, steps
+
+
+def encode_unchecked(
+    displacement: Tensor, coefficient: float, unit_exponent: int, backend: BackendName | None = None
+) -> tuple[Tensor, Tensor]:
+    """`encode` without waiting for the device: a block with a value that is not finite has step -1, for the caller to find later."""
+    if choose(displacement.device, backend).name == "triton" and displacement.numel():
+        return _launch_encode(displacement, _scale(coefficient, unit_exponent))
+    return ref_encode(displacement, coefficient, unit_exponent)
+
+
+def apply(basepoint: Tensor, codes: Tensor, steps: Tensor, sign: int = 1, backend: BackendName | None = None) -> None:
+    """basepoint[x] += sign * codes[x] * steps[x // 128], in place, in integers.
+
+    basepoint: int32 [R, C], contiguous. codes: int8 [R*C]. steps: int32 [blocks(R*C)]. sign: +1 or -1. All on one device.
+    The caller keeps the sum within int32.
+    """
+    if choose(basepoint.device, backend).name == "triton" and basepoint.numel():
+        _launch_add(basepoint, codes, steps * sign)
+        return
+    ref_apply(basepoint, codes, steps, sign)
+
+
+def leak(displacement: Tensor, codes: Tensor, amounts: Tensor, backend: BackendName | None = None) -> None:
+    """displacement[x] -= codes[x] * amounts[x // 128], in place: what the author gives up of its own displacement.
+
+    displacement: fp32 or fp64 (reference only) [R, C], contiguous. amounts: same dtype, [blocks(R*C)], as steps * u / c.
+    Exact wherever product and difference are representable, as they are on the grid with c = 1.
+    """
+    if choose(displacement.device, backend).name == "triton" and displacement.numel():
+        _launch_add(displacement, codes, -amounts)
+        return
+    ref_leak(displacement, codes, amounts)
