@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--part", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def complete(options: argparse.Namespace) -> None:
+    """What was left open: all modules, fresh numbers."""
+    options.modules = options.modules or found_modules()
+    options.seed = secrets.randbelow(2**31) if options.seed is None else options.seed
 
 
 # -- a child: some of the cases -----------------------------------------------------------------------------------------
@@ -126,8 +133,8 @@ class Part:
         said.put(outcome)
 
 
-def run_all(options: argparse.Namespace) -> list[Outcome]:
-    """Outcomes of all cases, printed one by one as they come; what runs when the time is over fails."""
+def run_all(options: argparse.Namespace, tell: Callable[[Outcome], None]) -> list[Outcome]:
+    """Outcomes of all cases, each told as it comes; what runs when the time is over fails."""
     said: queue.Queue[Outcome] = queue.Queue()
     parts = [Part(number) for number in range(options.processes)]
     threads = [threading.Thread(target=part.run, args=(options, said), daemon=True) for part in parts]
@@ -138,7 +145,7 @@ def run_all(options: argparse.Namespace) -> list[Outcome]:
     while (alive := any(thread.is_alive() for thread in threads)) or not said.empty():
         try:
             outcomes.append(said.get(timeout=0.2))
-            print(short_line(outcomes[-1]), flush=True)
+            tell(outcomes[-1])
         except queue.Empty:
             if alive and time.monotonic() > deadline:
                 return outcomes + stop(parts, options.seconds)
@@ -174,15 +181,14 @@ def summary(outcomes: list[Outcome], options: argparse.Namespace, seconds: float
 
 def main() -> int:
     options = options_of()
-    options.modules = options.modules or found_modules()
     if options.part is not None:
         return run_part(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("gpu_check: no CUDA device here; tests/kernels/interpreted.py runs the same cases without one", file=sys.stderr)
         return 2
-    options.seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    complete(options)
     start = time.monotonic()
-    outcomes = run_all(options)
+    outcomes = run_all(options, lambda outcome: print(short_line(outcome), flush=True))
     print(summary(outcomes, options, time.monotonic() - start))
     return 1 if not outcomes or any(outcome.verdict == "FAIL" for outcome in outcomes) else 0
 

@@ -7,10 +7,15 @@ It prints a table for people and writes one JSON file with the figures, the mach
     learning.py           does the swarm learn? Command line, worker processes, verdict
     learning_rows.py      the ways to train that are compared: one peer, synchronous, swarm rules
     learning_table.py     best rate per row, share of the gap closed, the printed table
+    kernels.py            every GPU kernel: checked, then timed beside torch's own; command line
+    kernel_timing.py      device time of one call, by CUDA graphs over rotating buffers
+    kernel_baselines.py   bf16 cuBLAS, torch's attention, a copy
+    kernel_rows.py        one row of figures, the printed table
     in_process_swarm.py   peers with everything but sockets, exchanging packets with a fixed lag
 """
 
 BENCHES = {
     "learning": "held-out loss of a swarm beside one peer and synchronous training",
+    "kernels": "time of every GPU kernel beside torch's own",
 }
 """Name -> one line of help; the module of the same name is imported only when it is asked for."""
