@@ -89,6 +89,7 @@ def test_other_weights_can_be_evaluated_between_steps() -> None:
     assert ours.loss(text, target).item() == live
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("way", [make_blocks, make_flex])
 def test_local_attention_is_the_rule(way: object) -> None:
     generator = torch.Generator().manual_seed(8)

@@ -4,6 +4,11 @@ A bench is one module of this package with `add_parser(subparsers)` and `run(arg
 It prints a table for people and writes one JSON file with the figures, the machine, the versions and the command.
 
     machine.py            what the figures were measured on; the result file
+    progress.py           progress lines; options.py: command line values that benches share
+    step.py               speed of a whole step; step_rows.py, step_measure.py, step_table.py: what is compared, timed, printed
+    kernel_profile.py     where a step's time goes, kernel by kernel
+    compiled_baseline.py  the same model in bf16 with torch.compile; compiled_layer.py its layer, flat_rule.py its optimizer
+    local_way.py          the faster of two ways for the baseline's local attention
     learning.py           does the swarm learn? Command line, worker processes, verdict
     learning_rows.py      the ways to train that are compared: one peer, synchronous, swarm rules
     learning_table.py     best rate per row, share of the gap closed, the printed table
@@ -15,6 +20,7 @@ It prints a table for people and writes one JSON file with the figures, the mach
 """
 
 BENCHES = {
+    "step": "speed of a training step beside bf16 torch.compile",
     "learning": "held-out loss of a swarm beside one peer and synchronous training",
     "kernels": "time of every GPU kernel beside torch's own",
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -70,8 +71,12 @@ def compiled_layer(x: Tensor, weights: CompiledWeights, cosine: Tensor, sine: Te
     return x + hidden @ weights.ffn_down.T
 
 
+@cache
 def make_attend(kind: tuple[int, float], tokens: int, device: torch.device, local: LocalWay) -> Attend:
-    """Attention of a layer of `kind` = (width, slope) over fragments of `tokens` tokens, to be traced by torch.compile."""
+    """Attention of a layer of `kind` = (width, slope) over fragments of `tokens` tokens, to be traced by torch.compile.
+
+    Kept: models of equal sizes share it, and so what was compiled for it.
+    """
     width, slope = kind
     if width == PREVIOUS_WIDTH:
         return attend_previous

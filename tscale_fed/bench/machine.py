@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ RESULTS_FOLDER = Path("docs/bench")
 def usable_cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, pinned memory included; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
 
 
 def machine_facts(device: str, unix_time: float) -> dict[str, Any]:
@@ -37,7 +47,7 @@ def machine_facts(device: str, unix_time: float) -> dict[str, Any]:
         "processor": _processor_name(),
         "cores": usable_cores(),
         "gpu": gpu,
-        "versions": {"tscale-fed": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"tscale-fed": __version__, "torch": torch.__version__, **_triton_version(), "python": platform.python_version()},
     }
 
 
@@ -61,6 +71,14 @@ def write_result(path: Path, values: Mapping[str, Any]) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def _triton_version() -> dict[str, str]:
+    """Empty without Triton."""
+    try:
+        return {"triton": metadata.version("triton")}
+    except metadata.PackageNotFoundError:
+        return {}
 
 
 def _processor_name() -> str:
