@@ -97,10 +97,9 @@ def encode(displacement: Tensor, coefficient: float, unit_exponent: int, warm: T
     """
     d = displacement.float()
     projected = d @ warm
-    size = projected.abs().amax() if projected.numel() else torch.zeros((), device=d.device)
-    if not bool(torch.isfinite(size)):
+    if not bool(torch.isfinite(_peak(projected))):
         raise ValueError("the displacement holds NaN or infinite values")
-    p = _rounded(_orthonormal(projected / size.clamp(min=torch.finfo(torch.float32).tiny)))
+    p = _rounded(_orthonormal(_unit_peak(projected)))
     products = d.T @ p
     gram = p.T @ p
     q_exact = torch.linalg.solve_triangular(_cholesky(gram), products.T, upper=False)
@@ -110,10 +109,9 @@ def encode(displacement: Tensor, coefficient: float, unit_exponent: int, warm: T
     unit = torch.exp2(exponent.float()) / scale
     shrinks = 2.0 * (products * q).sum() > unit * (gram * (q.T @ q)).sum()
     keep = (shrinks & (q != 0).any()).float()
-    moving = (q_exact != 0).any()
-    fresh = _orthonormal(q_exact / q_exact.abs().amax().clamp(min=torch.finfo(torch.float32).tiny))
+    fresh = _orthonormal(_unit_peak(q_exact))
     # A direction that the displacement lacked has been lost; a little of the start brings every one of them back.
-    warm.copy_(torch.where(moving, fresh + limits.lowrank_fresh * start(warm.shape[0], warm.shape[1], warm.device), warm))
+    warm.copy_(torch.where(_peak(q_exact) > 0, fresh + limits.lowrank_fresh * start(warm.shape[0], warm.shape[1], warm.device), warm))
     return (p * keep).to(torch.int8), (q * keep).to(torch.int8), (exponent * keep).to(torch.int32).reshape(1)
 
 
@@ -129,17 +127,25 @@ def _cholesky(gram: Tensor) -> Tensor:
     return torch.linalg.cholesky_ex(gram + part * torch.eye(len(gram), device=gram.device)).L
 
 
+def _peak(values: Tensor) -> Tensor:
+    """Largest magnitude, 0-dim."""
+    return values.abs().amax() if values.numel() else torch.zeros((), device=values.device)
+
+
+def _unit_peak(values: Tensor) -> Tensor:
+    """Scaled to a largest magnitude of 1 (zeros stay), so that squares neither overflow nor vanish."""
+    return values / _peak(values).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def _rounded(factor: Tensor) -> Tensor:
     """Numbers -127..127 in fp32, proportional to `factor` up to rounding; zeros stay."""
-    peak = factor.abs().amax() if factor.numel() else torch.zeros((), device=factor.device)
-    return (factor * (_LARGEST_CODE / peak.clamp(min=torch.finfo(torch.float32).tiny))).round().clamp(-_LARGEST_CODE, _LARGEST_CODE)
+    return (_unit_peak(factor) * _LARGEST_CODE).round()
 
 
 def _second_factor(exact: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """exact * scale as codes fp32 [C, r] times 2**exponent (fp32 0-dim), the least in range for which no code clips."""
     in_units = exact * scale
-    peak = in_units.abs().amax() if in_units.numel() else torch.zeros((), device=exact.device)
-    exponent = torch.ceil(torch.log2(peak / _LARGEST_CODE)).clamp(limits.lowrank_min_exponent, limits.lowrank_max_exponent)
+    exponent = torch.ceil(torch.log2(_peak(in_units) / _LARGEST_CODE)).clamp(limits.lowrank_min_exponent, limits.lowrank_max_exponent)
     codes = (in_units * torch.exp2(-exponent)).round().clamp(-_LARGEST_CODE, _LARGEST_CODE)
     return codes, exponent
 

@@ -1,6 +1,10 @@
-"""Cost of one-bit deltas: nanoseconds per parameter on the CPU beside plain fp32 work of the same run, and bytes per parameter on the wire.
+"""Cost of deltas: of one bit through codec, packets and exchange on the CPU; of every codec's operations on the CPU or on a GPU.
 
     python tests/bench/bench_delta.py [--threads 1] [--params 16777216]
+    python tests/bench/bench_delta.py --device cuda [--dims e1280h20d42] [--json FILE]     operations alone, all matrices of the model
+
+On the CPU figures are nanoseconds per parameter. On a GPU they are milliseconds for the whole model, and it exits with 1 if pack, unpack
+and apply of a codec together take more than 1 % of a 60 s exchange interval.
 
 Baselines: numpy and torch `W += d` in fp32, the least that a receiver of uncompressed fp32 deltas would do (12 bytes moved per value).
 Wire bytes are exact packet sizes (header with the longest numbers, signature) for whole layouts, nothing estimated. Exits with 1 if they
@@ -10,6 +14,7 @@ are above the goals: 0.145 for rows of 128, 0.130 for the 1.5B shapes.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -21,6 +26,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), *(str(ROOT / room) for room in ("net", "kernels", "peers"))]
+
+import delta_ops  # noqa: E402
 
 from tscale_fed.model.shape import ModelShape  # noqa: E402
 from tscale_net.identity import Identity, verify  # noqa: E402
@@ -35,6 +42,7 @@ from tscale_peers.packet import Header, Packet, Terms  # noqa: E402
 
 CHUNK_PARAMS = 1 << 20
 GOALS = {"rows of 128": 0.145, "e1280h20d42 (1.5B)": 0.130}
+EXCHANGE_INTERVAL_S, EXCHANGE_SHARE = 60.0, 0.01
 REPEATS = 7
 COLS = (128, 1280)
 UNIT_EXPONENT = -22
@@ -143,11 +151,54 @@ def wire_table() -> list[tuple[str, int, float]]:
     return [(name, layout.size, wire_bytes_per_param(layout)) for name, layout in zip(GOALS, (narrow, big), strict=True)]
 
 
+# -- every codec's operations ------------------------------------------------------------------------------------------
+
+
+def operations(shapes: list[tuple[int, int]], device: torch.device, factor: float, unit: str) -> dict[str, dict[str, float]]:
+    """Prints one line per codec, times multiplied by `factor`. Returns {codec: {part: seconds, "bytes": bytes}}."""
+    pairs = list(delta_ops.matrices(shapes, device))
+    params = sum(rows * cols for rows, cols in shapes)
+    results = {name: {"all": seconds} for name, seconds in delta_ops.baselines_s(pairs, device).items()}
+    for name, cost in results.items():
+        print(f"  {name:24s} {cost['all'] * factor:9.3f} {unit}   baseline")
+    for ops in delta_ops.all_ops():
+        costs = results[ops.name] = delta_ops.costs_s(ops, pairs, device)
+        parts = ", ".join(f"{part} {costs[part] * factor:.3f}" for part in ("pack", "unpack + apply", "leak"))
+        costs["exchange"] = costs["pack"] + costs["unpack + apply"]
+        print(
+            f"  {ops.name:24s} {costs['exchange'] * factor:9.3f} {unit}   pack + unpack + apply ({parts}), "
+            f"{costs['bytes'] / params:.4f} bytes per parameter"
+        )
+    return results
+
+
+def on_gpu(dims: str, json_file: str | None) -> int:
+    """All matrices of a model. Exit code 1 if a codec is above the goal."""
+    device = torch.device("cuda")
+    shape = ModelShape.parse(dims, vocab=50257)
+    shapes = [(rows, cols) for _, rows, cols in shape.tensors()]
+    name = torch.cuda.get_device_name()
+    print(f"{name}, torch {torch.__version__}, {dims}: {shape.trained_parameters / 1e9:.3f}e9 parameters in {len(shapes)} matrices")
+    results = operations(shapes, device, 1e3, "ms")
+    limit_s = EXCHANGE_SHARE * EXCHANGE_INTERVAL_S
+    late = [codec for codec, costs in results.items() if costs.get("exchange", 0.0) > limit_s]
+    verdict = "missed by " + ", ".join(late) if late else "ok"
+    print(f"goal: {limit_s * 1e3:.0f} ms ({EXCHANGE_SHARE:.0%} of {EXCHANGE_INTERVAL_S:.0f} s): {verdict}")
+    if json_file is not None:
+        Path(json_file).write_text(json.dumps({"device": name, "dims": dims, "seconds": results}, indent=1))
+    return int(bool(late))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--params", type=int, default=1 << 24)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dims", default="e1280h20d42", help="model of the GPU's figures, vocabulary 50257")
+    parser.add_argument("--json", default=None, metavar="FILE", help="the GPU's figures")
     options = parser.parse_args()
+    if options.device == "cuda":
+        return on_gpu(options.dims, options.json)
     torch.set_num_threads(options.threads)
     print(f"CPU, {options.threads} thread(s), {options.params} parameters, chunks of {CHUNK_PARAMS}; best of {REPEATS}; ns per parameter")
     for name, cost in baselines(options.params).items():
@@ -156,6 +207,8 @@ def main() -> int:
         print(f"rows of {cols}")
         for name, cost in (codec_costs(options.params, cols) | exchange_costs(options.params, cols)).items():
             print(f"  {name:34s} {cost:7.3f}")
+    print("operations of every codec, rows of 1280")
+    operations([(options.params // 1280, 1280)], torch.device("cpu"), 1e9 / (options.params // 1280 * 1280), "ns")
     failed = False
     print("bytes per parameter on the wire")
     for name, size, cost in wire_table():
