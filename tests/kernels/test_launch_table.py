@@ -25,7 +25,7 @@ def test_sections_and_rows_are_well_formed() -> None:
         assert name in BYTES, place
         numbers = {key: value for key, value in row.items() if key != "note"}
         assert all(isinstance(value, int) and value > 0 for value in numbers.values()), place
-        assert numbers["num_warps"] in (1, 2, 4, 8, 16) and numbers["num_stages"] in range(1, 8), place
+        assert numbers["num_warps"] in (1, 2, 4, 8, 16) and numbers.get("num_stages", 1) < 8, place
 
 
 def test_operand_buffers_of_products_fit_the_card() -> None:
