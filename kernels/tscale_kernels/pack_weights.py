@@ -62,7 +62,6 @@ if has_triton():
     import triton.language as tl
 
     from tscale_kernels.codes import encode_tile
-    from tscale_kernels.tiles import TRITON_DTYPES
 
     @triton.jit
     def units_kernel(sums, segments, units, INVERSE_SCALE: tl.constexpr, BLOCKS: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -146,7 +145,8 @@ def pack_weights(
 
     flat: fp32 [P]. codes: code dtype [plan.elements]. codes_t: same dtype [plan.transposed_elements]. units: fp32 [plan.units].
     square_sums: fp64 [plan.blocks], sums of squares of the plan's blocks: written, or with sums_known=True read (`optimizer_step` leaves
-    them, which saves a pass over the weights; wrong as soon as somebody else changes a weight). Raises ValueError where lengths do not match.
+    them, which saves a pass over the weights; wrong as soon as somebody else changes a weight).
+    Raises ValueError where lengths do not match.
     """
     lengths = (codes.numel(), codes_t.numel(), units.numel(), square_sums.numel())
     wanted = (plan.elements, plan.transposed_elements, plan.units, plan.blocks)

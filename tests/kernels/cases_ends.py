@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from case_protocol import CODES, Case, Setting, Sizes
+from case_protocol import CODES, ONE_CODE_OFF, Case, Setting, Sizes, Tensors
 
-from tscale_kernels import codes
+from tscale_kernels import embedding
 from tscale_kernels.pack_weights import PackMatrix, PackPlan, pack_weights
 
 # -- the matrices of a model -------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def pack(setting: Setting, code: torch.dtype, sums_known: bool) -> Case:
         "codes": ((plan.elements,), code), "codes_t": ((plan.transposed_elements,), code), "units": ((plan.units,), torch.float32)
     }  # fmt: skip
 
-    def made() -> dict[str, torch.Tensor]:
+    def made() -> Tensors:
         out = {name: setting.poisoned(shape, dtype) for name, (shape, dtype) in outputs.items()}
         return out | {"square_sums": sums.clone() if sums_known else setting.poisoned((plan.blocks,), torch.float64)}
 
@@ -88,5 +88,59 @@ def pack(setting: Setting, code: torch.dtype, sums_known: bool) -> Case:
     )
 
 
+# -- embedding ---------------------------------------------------------------------------------------------------------
+
+
+def labels_and_signs(setting: Setting, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [M, count] and fp32 [count]: 3 noise rows, then tokens of which one makes up 15 %; rows behind the last token have none."""
+    s = setting.sizes
+    share = setting.uniform((s.rows, 1))
+    tokens = 3 + (share * share * (s.vocab - 2)).long()
+    labels = torch.cat((torch.where(setting.uniform((s.rows, 1)) < 0.15, 5, tokens), setting.integers((s.rows, count - 1), 0, 3)), 1)
+    labels[s.fragments * s.tokens :] = -1
+    return labels.contiguous(), torch.tensor([1.0, 1.0, -1.0], device=setting.device)[:count]
+
+
+def embed_normalise(setting: Setting, code: torch.dtype, count: int, stream: torch.dtype) -> Case:
+    s = setting.sizes
+    labels, signs = labels_and_signs(setting, count)
+    table = setting.normal((s.vocab + 1, s.width))
+    table[:3] *= 0.01
+    stored = {"x": ((s.rows, s.width), stream), "n": ((s.rows, s.width), code), "rms": ((s.width // 128, s.rows), torch.float32)}
+    return Case(
+        outputs=lambda: {name: setting.poisoned(shape, dtype) for name, (shape, dtype) in stored.items()},
+        run=lambda out, backend: embedding.embed_normalise(labels, signs, table, **out, backend=backend),
+        limits={"x": 0, "n": ONE_CODE_OFF, "rms": 1e-6},
+        bytes_moved=s.rows * s.width * (4 * count + stream.itemsize + code.itemsize),
+    )
+
+
+def embedding_gradient(setting: Setting, count: int, stream: torch.dtype) -> Case:
+    s = setting.sizes
+    labels, signs = labels_and_signs(setting, count)
+    signs = signs.expand(s.rows, count).contiguous() if count > 1 else signs
+    dx = setting.normal((s.rows, s.width), stream)
+    start = setting.normal((s.vocab + 1, s.width))
+
+    def exact() -> Tensors:
+        grad = start.double()
+        embedding.ref_embedding_gradient(dx.double(), labels, signs.double(), grad=grad)
+        return {"grad": grad}
+
+    partial_shape = embedding.partial_shape(s.rows, count, s.width)
+    return Case(
+        outputs=lambda: {"grad": start.clone(), "partial": setting.poisoned(partial_shape, torch.float32)},
+        run=lambda out, backend: embedding.embedding_gradient(dx, labels, signs, **out, backend=backend),
+        limits={"grad": 1e-6},
+        exact=exact,
+        exact_limits={"grad": 1e-6},
+        bytes_moved=s.rows * s.width * (stream.itemsize + 8),
+    )
+
+
 CASES = {f"pack_weights {name}": partial(pack, code=code, sums_known=False) for name, code in CODES.items()}
 CASES |= {"pack_weights int8 sums known": partial(pack, code=torch.int8, sums_known=True)}
+CASES |= {f"embed_normalise {name}": partial(embed_normalise, code=code, count=1, stream=torch.float32) for name, code in CODES.items()}
+CASES |= {"embed_normalise int8 noise rows, bf16 stream": partial(embed_normalise, code=torch.int8, count=3, stream=torch.bfloat16)}
+CASES |= {"embedding_gradient fp32": partial(embedding_gradient, count=1, stream=torch.float32)}
+CASES |= {"embedding_gradient noise rows, bf16 stream": partial(embedding_gradient, count=3, stream=torch.bfloat16)}
