@@ -6,6 +6,7 @@ same way. Whatever does not fit together is refused here with one sentence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +17,9 @@ from tscale_fed.data.importer import Progress, import_text
 from tscale_fed.data.token_data import TokenData
 from tscale_fed.data.tokenizer import load_tokenizer
 from tscale_fed.device import Device, out_of_memory
+from tscale_fed.engine.engine import Engine
+from tscale_fed.engine.interface import TrainingEngine
+from tscale_fed.engine.reference import ReferenceEngine
 from tscale_fed.evaluate import Evaluator
 from tscale_fed.model.forward import Model
 from tscale_fed.model.init import initialise
@@ -75,21 +79,44 @@ def optimizer_settings(section: OptimizerSection) -> OptimizerSettings:
 
 
 def build_trainer(
-    recipe: Recipe, data: TokenData, device: Device, weights: torch.Tensor, *, peer_id: str, budget_batches: int, clock: Clock
+    recipe: Recipe,
+    data: TokenData,
+    device: Device,
+    weights: torch.Tensor,
+    *,
+    peer_id: str,
+    budget_batches: int,
+    clock: Clock,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Trainer:
-    """A trainer at step 0 that starts from `weights` (float32 [parameters], copied).
+    """A trainer at step 0 that starts from `weights` (float32 [parameters], copied). `say` gets lines about memory.
 
     Raises Refused: "bad-shape", "bad-config", "out-of-memory".
     """
     shape = model_shape(recipe, data.vocab)
     try:
         parameters = Parameters(shape, device.torch_device).load(weights)
-        model = Model(shape, parameters, unigram_bias(torch.from_numpy(data.unigram_counts)), compute_dtype=device.precision)
         optimizer = Optimizer(parameters, optimizer_settings(recipe.optimizer))
+        engine = _engine(recipe, data, device, parameters, optimizer, say)
     except torch.OutOfMemoryError as error:
         what = f"a model of {shape.trained_parameters / 1e6:.0f} million weights and its optimizer"
         raise out_of_memory(device.torch_device, what) from error
-    return Trainer(model, optimizer, data, recipe, peer_id=peer_id, budget_batches=budget_batches, clock=clock)
+    return Trainer(engine, data, recipe, peer_id=peer_id, budget_batches=budget_batches, clock=clock)
+
+
+def _engine(
+    recipe: Recipe, data: TokenData, device: Device, parameters: Parameters, optimizer: Optimizer, say: Callable[[str], None]
+) -> TrainingEngine:
+    """The engine over the kernels, or the autograd model where there are none."""
+    batch, micro_batch, bias2 = recipe.batch, device.settings.micro_batch, unigram_bias(torch.from_numpy(data.unigram_counts))
+    if device.precision.kernels:
+        return Engine(
+            parameters, optimizer, bias2, precision=device.precision, fragments=batch.fragments * batch.accumulate, tokens=batch.length,
+            doc_start_token=data.doc_start_token, micro_batch=micro_batch, say=say,
+        )  # fmt: skip
+    model = Model(parameters.shape, parameters, bias2, compute_dtype=device.precision.compute)
+    fragments = micro_batch or batch.fragments
+    return ReferenceEngine(model, optimizer, fragments=fragments, doc_start_token=data.doc_start_token, say=say)
 
 
 def build_evaluator(recipe: Recipe, data: TokenData, settings: EvalSection, device: Device, clock: Clock) -> Evaluator:

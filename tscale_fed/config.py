@@ -72,11 +72,11 @@ class BatchSection(Section, frozen=True):
     """[batch]: what one step of one peer reads."""
 
     fragments: Fragments = 16
-    """Fragments that go through the device at once."""
+    """Fragments per group; without the 8-bit engine a group goes through the device at once."""
     length: Annotated[int, Meta(ge=2, le=1 << 20)] = 128
     """Tokens per fragment; the first has no target, so 2 is the least."""
     accumulate: Fragments = 1
-    """Such groups per step: the gradient is summed over fragments * accumulate. Raise it and lower fragments if memory is short."""
+    """Groups per step: the gradient is summed over fragments * accumulate. What goes through the device at once is [device] micro_batch."""
 
 
 class OptimizerSection(Section, frozen=True):
@@ -140,8 +140,14 @@ class DeviceSection(Section, frozen=True):
 
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     """Processor threads of the training thread; 0 = chosen from the number of cores."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products: "auto" is bfloat16 on GPUs that have it, float32 elsewhere. Weights stay float32."""
+    precision: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = "auto"
+    """Of matrix products: "auto" is int8 on GPUs from Ampere on, float32 elsewhere. Weights stay float32."""
+    attention: Literal["auto", "bfloat16", "int8", "fp8"] = "auto"
+    """Of queries and keys where products are not float32: "auto" is bfloat16. "fp8" means values too."""
+    optimizer_memory: Literal["auto", "device", "host"] = "auto"
+    """Where weights and momentum are kept: on the device, or in the machine's memory ("host"), which leaves a GPU room for more."""
+    micro_batch: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
+    """Fragments that go through the device at once; 0 = chosen from its free memory. It changes speed and memory, not the arithmetic."""
 
 
 class RunConfig(Section, frozen=True):

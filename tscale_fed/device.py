@@ -1,7 +1,7 @@
 """Which processor trains, and why: the answer is shown at start, so nobody wonders why a GPU idles.
 
-Enters: `--device` (auto, cpu, cuda, cuda:1) and [device] precision. Leaves: a `Device` with its reason in words, or one sentence that says
-what is missing.
+Enters: `--device` (auto, cpu, cuda, cuda:1) and [device] precision and attention. Leaves: a `Device` with its reason in words, or one
+sentence that says what is missing.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tscale_fed.config import DeviceSection
+from tscale_fed.engine.precision import Precision, choose_precision
 from tscale_net.errors import Refused
-
-BFLOAT16_CAPABILITY = (8, 0)
-"""First NVIDIA generation with bfloat16 matrix units (Ampere)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +20,30 @@ class Device:
     """A chosen processor."""
 
     torch_device: torch.device
-    precision: torch.dtype
-    """Of matrix products: torch.float32 or torch.bfloat16."""
+    precision: Precision
+    """Of matrix products and attention; whether steps go through the engine or the autograd model."""
     reason: str
     """For people: what it is and why it was chosen."""
+    settings: DeviceSection = DeviceSection()
+    """How the run file of this machine wants memory used."""
 
 
-def choose_device(request: str = "auto", precision: str = "auto") -> Device:
-    """Pick the processor. `request` is auto, cpu, cuda or cuda:N; `precision` is auto, float32 or bfloat16.
+def choose_device(request: str = "auto", settings: DeviceSection | None = None) -> Device:
+    """Pick the processor. `request` is auto, cpu, cuda or cuda:N; `settings` is [device] of the run file, None for its defaults.
 
     Raises Refused("no-device") if what was asked for is not there, naming what is.
     """
+    settings = settings or DeviceSection()
     device, reason = _find(request)
-    wanted, remark = _precision(device, precision)
-    return Device(device, wanted, f"{reason}, {remark}")
+    chosen, remark = choose_precision(device, settings.precision, settings.attention)
+    return Device(device, chosen, f"{reason}, {remark}", settings)
 
 
 def out_of_memory(device: torch.device, what: str) -> Refused:
-    """The one sentence for a GPU whose memory is full; `what` names the work, such as 'a step of 16 fragments of 1024 tokens'."""
+    """The one sentence for a GPU whose memory is full; `what` names the work, such as 'a step of one fragment of 1024 tokens'."""
     return Refused(
         "out-of-memory",
-        f"{device}: not enough GPU memory for {what}; halve fragments and double accumulate in [batch] (the arithmetic stays the same), "
-        "or free the GPU",
+        f"{device}: not enough GPU memory for {what}; free the GPU, or take shorter fragments (length in [batch]) or a smaller model",
     )
 
 
@@ -75,17 +76,3 @@ def _why_no_gpu() -> str | None:
 def _gpu_name(index: int) -> str:
     memory_gib = torch.cuda.get_device_properties(index).total_memory / 2**30
     return f"{torch.cuda.get_device_name(index)} {memory_gib:.0f} GiB"
-
-
-def _precision(device: torch.device, wanted: str) -> tuple[torch.dtype, str]:
-    if wanted == "float32":
-        return torch.float32, "float32 (asked for)"
-    if device.type != "cuda":
-        if wanted == "bfloat16":
-            raise Refused("no-device", '[device] precision = "bfloat16" needs a GPU; write "auto"')
-        return torch.float32, "float32"
-    if torch.cuda.get_device_capability(device) < BFLOAT16_CAPABILITY:
-        if wanted == "bfloat16":
-            raise Refused("no-device", f'[device] precision = "bfloat16": {torch.cuda.get_device_name(device)} has none; write "auto"')
-        return torch.float32, "float32 (this GPU has no bfloat16)"
-    return torch.bfloat16, "bfloat16 matrix products, float32 weights"

@@ -3,8 +3,9 @@
 Enters: any flat weight vector of the model, and the name of a part of the data. Leaves: an `Evaluation`. The batches are the same for every
 call and every peer with the same data and settings, so two losses can be compared; there is no token drop and no noise.
 
-The evaluator has a weight buffer and a model of its own: the live weights, their gradients and the trainer's batch plan are not touched,
-and it may run on another thread than training. The buffer costs 4 bytes per weight on the device, from the first evaluation on.
+The evaluator has weights and a model of its own: the live weights, their gradients and the trainer's buffers are not touched, and it may
+run on another thread than training. It computes in the precision of training, and holds 4 bytes per weight on the device from the first
+evaluation on, or 1 to 2 where training is in 8 bits.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from tscale_fed.config import EvalSection
 from tscale_fed.data.manifest import Split
 from tscale_fed.data.token_data import Batch, TokenData
 from tscale_fed.device import Device, out_of_memory
+from tscale_fed.engine.scorer import Scorer
 from tscale_fed.model.forward import Model
-from tscale_fed.model.loss import unigram_bias
+from tscale_fed.model.loss import NO_TARGET, unigram_bias
 from tscale_fed.model.parameters import Parameters
 from tscale_fed.model.shape import ModelShape
 from tscale_net.ports import Clock
@@ -51,6 +53,7 @@ class Evaluator:
         self._device = device
         self._clock = clock
         self._model: Model | None = None
+        self._scorer: Scorer | None = None
         self._batches: dict[Split, list[Batch]] = {}
 
     def loss(self, weights: torch.Tensor, split: Split = "test") -> Evaluation:
@@ -62,9 +65,10 @@ class Evaluator:
         started = self._clock.now()
         batches = self._fixed_batches(split)
         try:
-            total, tokens = self._sum(self._loaded(weights), batches)
+            total = self._score(weights, batches) if self._device.precision.kernels else self._sum(self._loaded(weights), batches)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self._device.torch_device, "an evaluation (halve fragments in [eval])") from error
+        tokens = sum(int((target != NO_TARGET).sum()) for _, target in batches)
         loss = total / tokens
         return Evaluation(split, loss, tokens, loss / math.log(2) / self._bytes_per_token(split), self._clock.now() - started)
 
@@ -77,20 +81,30 @@ class Evaluator:
         if self._model is None:
             bias2 = unigram_bias(torch.from_numpy(self._data.unigram_counts))
             parameters = _read_only(self._shape, self._device.torch_device)
-            self._model = Model(self._shape, parameters, bias2, compute_dtype=self._device.precision)
+            self._model = Model(self._shape, parameters, bias2, compute_dtype=self._device.precision.compute)
         self._model.parameter_store.load(weights)
         return self._model
 
     @torch.no_grad()
-    def _sum(self, model: Model, batches: list[Batch]) -> tuple[float, int]:
-        """(loss sum in nats, positions with a target). Sums of batches are added in double precision: their order cannot matter."""
+    def _sum(self, model: Model, batches: list[Batch]) -> float:
+        """Loss sum in nats. Sums of batches are added in double precision: their order cannot matter."""
         device, doc_start = self._device.torch_device, self._data.doc_start_token
-        total, tokens = 0.0, 0
+        total = 0.0
         for text, target in batches:
-            loss, count = model.loss(text.to(device), target.to(device), doc_start_token=doc_start)
+            loss, _ = model.loss(text.to(device), target.to(device), doc_start_token=doc_start)
             total += float(loss)
-            tokens += int(count)
-        return total, tokens
+        return total
+
+    def _score(self, weights: torch.Tensor, batches: list[Batch]) -> float:
+        """`_sum` by the engine's forward pass."""
+        if self._scorer is None:
+            bias2 = unigram_bias(torch.from_numpy(self._data.unigram_counts))
+            self._scorer = Scorer(
+                self._shape, bias2, self._device.precision, self._device.torch_device,
+                fragments=self._settings.fragments, tokens=self._length, doc_start_token=self._data.doc_start_token,
+            )  # fmt: skip
+        self._scorer.load(weights)
+        return sum(float(self._scorer.loss(text, target)) for text, target in batches)
 
     def _bytes_per_token(self, split: Split) -> float:
         part = self._data.manifest.split(split)

@@ -65,6 +65,7 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     trainer = build_trainer(
         found.recipe, found.data, device, replica.weights(),
         peer_id=ground.identity.peer_id, budget_batches=found.manifest.budget_batches, clock=ground.clock,
+        say=ground.console.say,
     )  # fmt: skip
     saved = None
     if checkpoint is not None:

@@ -1,13 +1,13 @@
 """The local training loop of one peer: one call, one step.
 
-Enters: model, optimizer, token data, the recipe of the run. Leaves: changed weights and a `StepReport`; for checkpoints all of its state as
-tensors and numbers, for joiners the small donor state.
+Enters: an engine (weights, optimizer, gradient), token data, the recipe of the run. Leaves: changed weights and a `StepReport`; for
+checkpoints all of its state as tensors and numbers, for joiners the small donor state.
 
-A step sums the gradient over `accumulate` groups of `fragments` fragments, then applies the optimizer once. Its text, its token drops and
-its input noise are functions of (run seed, peer id, own step) alone: nothing random is kept between steps, so the own step count *is* the
-data position and the random state, and anybody can draw the same batch again. (On a GPU two runs of one step may differ in the last bits,
-as its sums have no fixed order; on a processor with equal threads they do not.) Two counts drive the optimizer: its momentum follows the
-steps of this peer (a joiner starts at its donor's count), its rate follows the batches of the whole swarm against the run's budget.
+A step sums the gradient over `accumulate` times `fragments` fragments, then applies the optimizer once. Its text, its token drops and its
+input noise are functions of (run seed, peer id, own step) alone: nothing random is kept between steps, so the own step count *is* the data
+position and the random state, and anybody can draw the same batch again. (With float32 on a GPU two runs of one step may differ in the last
+bits, as its sums have no fixed order; on a processor with equal threads they do not.) Two counts drive the optimizer: its momentum follows
+the steps of this peer (a joiner starts at its donor's count), its rate follows the batches of the whole swarm against the run's budget.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from blake3 import blake3
 from tscale_fed import donor_state
 from tscale_fed.config import Recipe
 from tscale_fed.data.token_data import TokenData
-from tscale_fed.device import out_of_memory
-from tscale_fed.model.forward import Model
+from tscale_fed.engine.interface import StepBatch, TrainingEngine
 from tscale_fed.model.labels import draw_token_keep
 from tscale_fed.optimizer.rule import Optimizer
 from tscale_fed.optimizer.schedule import rate
@@ -57,12 +56,9 @@ class StepReport:
 class Trainer:
     """Owns the live weights while it steps. Not thread-safe: one thread calls it (`TrainingThread`, or that of `tscale train`)."""
 
-    def __init__(
-        self, model: Model, optimizer: Optimizer, data: TokenData, recipe: Recipe, *, peer_id: str, budget_batches: int, clock: Clock
-    ) -> None:
+    def __init__(self, engine: TrainingEngine, data: TokenData, recipe: Recipe, *, peer_id: str, budget_batches: int, clock: Clock) -> None:
         """`budget_batches`: what the rate schedule is laid out for, in batches (= steps) of all peers together."""
-        self.model = model
-        self.optimizer = optimizer
+        self.engine = engine
         self.data = data
         self.recipe = recipe
         self.peer_id = peer_id
@@ -83,7 +79,12 @@ class Trainer:
     @property
     def weights(self) -> torch.Tensor:
         """The live weights: float32 [parameters] on the device, in canonical order. Change them in place, between steps only."""
-        return self.model.parameter_store.flat
+        return self.engine.parameters.flat
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Momentum and second moments of the live weights."""
+        return self.engine.optimizer
 
     @property
     def swarm_batches(self) -> int:
@@ -106,20 +107,15 @@ class Trainer:
         return rate(self.optimizer.settings, self.swarm_batches, self.budget_batches, since_join)
 
     def step(self) -> StepReport:
-        """One step: draw the batch, accumulate the gradient, update.
+        """One step: draw the batch and have the engine train on it.
 
         Raises Refused, before any weight is touched: "loss-not-finite", or "out-of-memory" on a full GPU.
         """
         started = self._clock.now()
-        loss_sum, tokens = self._accumulate()
-        if not math.isfinite(loss_sum):
-            self.model.parameter_store.zero_grad()
-            raise Refused(
-                "loss-not-finite",
-                f"the training loss became {loss_sum} at step {self.steps + 1}: go back to an older checkpoint and lower [optimizer] rate",
-            )
-        used_rate, loss = self.rate, loss_sum / tokens
-        self.optimizer.step(used_rate)
+        batch = self._batch()
+        tokens = batch.targets
+        used_rate = self.rate
+        loss = self.engine.step(batch, used_rate) / tokens
         self.steps += 1
         self.tokens += tokens
         self._average(loss)
@@ -154,7 +150,7 @@ class Trainer:
         Raises Refused("wrong-checkpoint") if they belong to another model.
         """
         try:
-            self.model.parameter_store.load(tensors["weights"])
+            self.engine.parameters.load(tensors["weights"])
             self.optimizer.load_state_dict(tensors)
         except (KeyError, ValueError) as error:
             raise Refused("wrong-checkpoint", f"the checkpoint belongs to another model ({error}): use another --home") from None
@@ -181,37 +177,22 @@ class Trainer:
 
     # -- inside a step -----------------------------------------------------------------------------------------------
 
-    def _accumulate(self) -> tuple[float, int]:
-        """(loss sum in nats, tokens with a target) of the step's batch; the gradient of the sum is in the gradient buffer afterwards."""
-        batch, device = self.recipe.batch, self.weights.device
-        text, target = self.data.batch(self.recipe.seed, self.peer_id, self.steps, batch.fragments * batch.accumulate, batch.length)
-        generator = self._noise_generator()
+    def _batch(self) -> StepBatch:
+        """The text of the coming step, with its token drops and noise."""
+        section, shape = self.recipe.batch, self.engine.parameters.shape
+        text, target = self.data.batch(self.recipe.seed, self.peer_id, self.steps, section.fragments * section.accumulate, section.length)
+        seed = self._noise_seed()
+        generator = torch.Generator().manual_seed(seed)
         drop = self.recipe.model.token_drop
         keep = draw_token_keep(text, 1.0 - drop, generator) if drop else None
-        loss_sum, tokens = torch.zeros((), device=device), torch.zeros((), dtype=torch.int64, device=device)
-        try:
-            for group in range(batch.accumulate):
-                rows = slice(group * batch.fragments, (group + 1) * batch.fragments)
-                loss, count = self.model.loss(
-                    text[rows].to(device),
-                    target[rows].to(device),
-                    doc_start_token=self.data.doc_start_token,
-                    token_keep=None if keep is None else keep[rows].to(device),
-                    noise=generator if self.recipe.model.noise_rows else None,
-                )
-                loss.backward()
-                loss_sum += loss.detach()
-                tokens += count
-            return float(loss_sum), int(tokens)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(device, f"a step of {batch.fragments} fragments of {batch.length} tokens") from error
+        noise = generator if self.recipe.model.noise_rows else None
+        return StepBatch.make(shape, text, target, token_keep=keep, noise=noise, step=self.steps, seed=seed)
 
-    def _noise_generator(self) -> torch.Generator:
-        """Token drops and input noise of the coming step, on the CPU so that every device draws the same."""
+    def _noise_seed(self) -> int:
+        """Of token drops and input noise of the coming step (drawn on the CPU, so that every device has the same) and of rounding."""
         # The peer id comes last and numbers hold no bar, so no two different triples give one string.
         name = f"{NOISE_DOMAIN}|{self.recipe.seed}|{self.steps}|{self.peer_id}".encode()
-        seed = int.from_bytes(blake3(name).digest(SEED_BYTES), "little") & SEED_MASK
-        return torch.Generator().manual_seed(seed)
+        return int.from_bytes(blake3(name).digest(SEED_BYTES), "little") & SEED_MASK
 
     def _average(self, loss: float) -> None:
         self._averaged_steps += 1

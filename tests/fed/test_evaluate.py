@@ -23,7 +23,7 @@ def test_the_loss_is_that_of_the_model_on_the_fixed_batches(data: TokenData) -> 
     total, tokens = 0.0, 0
     for text, target in data.evaluation_batches(2, 16, 3, "test"):
         with torch.no_grad():
-            loss, count = trainer.model.loss(text, target, doc_start_token=data.doc_start_token)
+            loss, count = trainer.engine.model.loss(text, target, doc_start_token=data.doc_start_token)
         total, tokens = total + float(loss), tokens + int(count)
     measured = make_evaluator(data).loss(trainer.weights)
     assert measured.tokens == tokens == 3 * 2 * 15

@@ -159,13 +159,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(data: TokenDa
     trainer = make_trainer(data)
     trainer.step()
     with torch.no_grad():
-        trainer.model.parameter_store.views["final"][0, 0] = math.nan
+        trainer.engine.parameters.views["final"][0, 0] = math.nan
     before = bits(trainer)
     with pytest.raises(Refused) as caught:
         trainer.step()
     assert caught.value.code == "loss-not-finite" and "step 2" in caught.value.detail
     assert bits(trainer) == before
-    assert not trainer.model.parameter_store.flat_grad.any()
+    assert not trainer.engine.parameters.flat_grad.any()
 
 
 def test_momentum_is_scaled(data: TokenData) -> None:

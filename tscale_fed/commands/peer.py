@@ -54,8 +54,8 @@ async def _run(arguments: argparse.Namespace, config: RunConfig | None, home: Ho
 
     stop = asyncio.Event()
     _on_signals(stop, console)
-    precision = config.device.precision if config is not None else "auto"
-    device = choose_device(arguments.device, precision)  # before anything is written or fetched
+    settings = config.device if config is not None else None
+    device = choose_device(arguments.device, settings)  # before anything is written or fetched
     ground = await open_ground(arguments, home, console, executor)
     try:
         console.say(f"reach: {reach_sentence(ground.addresses, arguments.solo)}")

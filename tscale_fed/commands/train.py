@@ -88,7 +88,7 @@ def _prepare(config: RunConfig, args: argparse.Namespace, home: Home, console: C
     from tscale_fed.lone_run import LoneRun
     from tscale_fed.training_thread import default_threads
 
-    device = choose_device(args.device, config.device.precision)
+    device = choose_device(args.device, config.device)
     threads = config.device.threads or default_threads(device.torch_device, beside_event_loop=False)
     torch.set_num_threads(threads)
     console.say(f"device {device.reason}, {threads} processor thread{'s' if threads > 1 else ''}")
@@ -99,7 +99,7 @@ def _prepare(config: RunConfig, args: argparse.Namespace, home: Home, console: C
     console.say(f"model {shape.dims}: {shape.trained_parameters:,} weights in {len(shape.layers())} layers")
     weights = start_weights(recipe, shape)
     budget = config.swarm.budget_batches
-    trainer = build_trainer(recipe, data, device, weights, peer_id=LONE_FOLDER, budget_batches=budget, clock=clock)
+    trainer = build_trainer(recipe, data, device, weights, peer_id=LONE_FOLDER, budget_batches=budget, clock=clock, say=console.say)
     evaluator = build_evaluator(recipe, data, config.eval, device, clock)
     store = CheckpointStore(home.checkpoints, config.checkpoint.keep)
     return LoneRun(config, trainer, evaluator, store, console, clock, until_step=args.steps or budget)

@@ -47,8 +47,8 @@ def build_engine(
     backend    forces "ref" or "triton" for all operations (the interpreter: "triton" on the CPU with TRITON_INTERPRET=1)
     say        gets one line about the memory plan, and one if memory runs out
 
-    The engine has `.weights` [parameters] (change them in place between steps), `.optimizer`, `.plan` (a `MemoryPlan`; str() is its
-    sentence), `.accumulate(batch) -> loss sum`, `.update(rate)`, `.step(batch, rate) -> loss sum`, `.loss(batch) -> loss sum` (no gradient).
+    The engine has `.parameters.flat` [P] (the live weights: change them in place between steps), `.optimizer`, `.plan` (a `MemoryPlan`;
+    str() is its sentence), `.step(batch, rate) -> loss sum in nats`, and `.accumulate(batch) -> loss sum`, which only makes the gradient.
     Raises Refused: "no-device" for a precision that the device lacks, "out-of-memory".
     """
     where = torch.device(device)
@@ -56,6 +56,6 @@ def build_engine(
     parameters = Parameters(shape, where).load(weights)
     optimizer = Optimizer(parameters, settings or OptimizerSettings())
     return Engine(
-        shape, parameters, optimizer, bias2, precision=chosen, fragments=fragments, tokens=tokens, doc_start_token=doc_start_token,
+        parameters, optimizer, bias2, precision=chosen, fragments=fragments, tokens=tokens, doc_start_token=doc_start_token,
         micro_batch=micro_batch, plan=plan, stream=stream, graphs=graphs, backend=backend, say=say,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """What a trainer needs of whatever computes its steps: the engine over the kernels, or the autograd reference.
 
-Enters: a `StepBatch` on the CPU, the whole text of one step. Leaves: the loss sum, a gradient, and after `update` new weights. How many
-fragments go through the device at once is the engine's own business: any split gives the same arithmetic up to rounding.
+Enters: a `StepBatch` on the CPU, the whole text of one step, and its rate. Leaves: the loss sum, and new weights. How many fragments go
+through the device at once is the engine's own business: any split gives the same arithmetic up to rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tscale_fed.model.loss import NO_TARGET
 from tscale_fed.model.parameters import Parameters
 from tscale_fed.model.shape import ModelShape
 from tscale_fed.optimizer.rule import Optimizer
+from tscale_net.errors import Refused
 
 
 class StepBatch(NamedTuple):
@@ -30,7 +31,9 @@ class StepBatch(NamedTuple):
     signs: Tensor
     """fp32 [K]: +-1."""
     step: int = 0
-    """Own steps done before: seeds the rounding noise, and is named in refusals."""
+    """Own steps done before, for refusals."""
+    seed: int = 0
+    """Of the rounding noise: different for every step and peer."""
 
     @staticmethod
     def make(
@@ -41,10 +44,11 @@ class StepBatch(NamedTuple):
         token_keep: Tensor | None = None,
         noise: torch.Generator | None = None,
         step: int = 0,
+        seed: int = 0,
     ) -> StepBatch:
         """Labels of text [B, T] and target [B, T]: token_keep bool [B, T] drops tokens, `noise` draws noise rows (see `Model.loss`)."""
         labels, signs = input_labels(shape, text, token_keep, noise)
-        return StepBatch(text, target, labels, signs, step)
+        return StepBatch(text, target, labels, signs, step, seed)
 
     @property
     def fragments(self) -> int:
@@ -57,24 +61,28 @@ class StepBatch(NamedTuple):
 
     def part(self, start: int, stop: int) -> StepBatch:
         """Fragments start to stop."""
-        return StepBatch(self.text[start:stop], self.target[start:stop], self.labels[start:stop], self.signs, self.step)
+        return self._replace(text=self.text[start:stop], target=self.target[start:stop], labels=self.labels[start:stop])
 
 
 class TrainingEngine(Protocol):
     """One model on one device. Not thread-safe: one thread calls it. The weights may be changed in place between two steps."""
 
-    shape: ModelShape
-    parameters: Parameters
-    optimizer: Optimizer
+    @property
+    def parameters(self) -> Parameters: ...
 
-    def accumulate(self, batch: StepBatch) -> float:
-        """Loss sum in nats of the batch at the present weights; its summed gradient waits for `update`.
+    @property
+    def optimizer(self) -> Optimizer: ...
 
-        Raises Refused, weights and optimizer unchanged and no gradient waiting: "loss-not-finite" with step, layer and operation,
-        "out-of-memory" if not even one fragment fits.
+    def step(self, batch: StepBatch, rate: float) -> float:
+        """One step: the loss sum in nats of the batch at the present weights, whose gradient then changes them.
+
+        Raises Refused with weights and optimizer unchanged: "loss-not-finite" with step, layer and operation, "out-of-memory" if not even
+        one fragment fits.
         """
         ...
 
-    def update(self, rate: float) -> None:
-        """Apply the optimizer to the gradient that waits, and forget it."""
-        ...
+
+def not_finite(what: str, step: int) -> Refused:
+    """The refusal of a step whose numbers overflowed; `step`: own steps done before."""
+    detail = f"{what} at step {step + 1}: go back to an older checkpoint and lower [optimizer] rate"
+    return Refused("loss-not-finite", detail)

@@ -1,7 +1,7 @@
 """Precision: which number formats a training step uses, and whether this processor has them.
 
-Enters: [device] precision and attention of the run file, and the processor. Leaves: a `Precision` and a remark for the start-up line, or one
-sentence that names the card, what it lacks and the nearest setting that works.
+Enters: [device] precision and attention of the run file, and the processor. Leaves: a `Precision` and a remark for the start-up line, or
+one sentence that names the card, what it lacks and the nearest setting that works.
 
     precision   float32   the plain torch model with autograd; the reference
                 bfloat16  the engine with bfloat16 codes (plain torch where there is no Triton)
@@ -113,5 +113,5 @@ def _refuse_attention_without_engine(precision: str, attention: str) -> None:
 
 
 def _lacking(key: str, value: str, card: str, capability: tuple[int, int], what: str, nearest: str) -> Refused:
-    having = f"{capability[0]}.{capability[1]}"
-    return Refused("no-device", f'[device] {key} = "{value}": {card} (compute capability {having}) lacks {what}; write "{nearest}" or "auto"')
+    having = f"{card} (compute capability {capability[0]}.{capability[1]})"
+    return Refused("no-device", f'[device] {key} = "{value}": {having} lacks {what}; write "{nearest}" or "auto"')

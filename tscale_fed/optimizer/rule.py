@@ -92,6 +92,16 @@ class Optimizer:
         """The averaging constant of the next step."""
         return 1.0 - BETA_GAP / math.sqrt(1.0 + self.own_steps)
 
+    @property
+    def next_count(self) -> float:
+        """N of the next step."""
+        return self.beta * self.moment_count + 1.0
+
+    def count_step(self) -> None:
+        """A step was taken: N and t move on. (`step` does so by itself; an engine that updates the tensors on its own calls this.)"""
+        self.moment_count = self.next_count
+        self.own_steps += 1
+
     def _mean_squares(self) -> torch.Tensor:
         """[M] mean square gradient of every matrix, or row for those in ROW_NORMALISED."""
         parts = [
@@ -103,19 +113,18 @@ class Optimizer:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Update the weights with the gradient at hand and clear the gradient. `rate` comes from `schedule.rate`."""
-        beta = self.beta
-        self.moment_count = beta * self.moment_count + 1.0
+        beta, count = self.beta, self.next_count
         self.moment_sums.mul_(beta).add_(self._mean_squares())
         sums = self.moment_sums
         # The gradient buffer points downhill, the rule uphill: the minus sign is here.
-        multipliers = torch.where(sums > 0, -torch.rsqrt(sums / self.moment_count), 0.0).split(self._sizes)
+        multipliers = torch.where(sums > 0, -torch.rsqrt(sums / count), 0.0).split(self._sizes)
         for gradient, multiplier, rows in zip(self._matrices, multipliers, self._per_row, strict=True):
             gradient.mul_(multiplier.unsqueeze(1) if rows else multiplier)
         self.momentum.lerp_(self._gradient, 1.0 - beta)
         self._weights.mul_(1.0 - rate * self.settings.l2)
         self._weights.add_(self.momentum, alpha=rate * MOMENTUM_WEIGHT).add_(self._gradient, alpha=rate * GRADIENT_WEIGHT)
         self._gradient.zero_()
-        self.own_steps += 1
+        self.count_step()
 
     @torch.no_grad()
     def scale_momentum(self, keep: float) -> None:

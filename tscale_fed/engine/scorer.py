@@ -1,0 +1,63 @@
+"""The scorer: losses of any weights by the engine's forward pass, with packed weights and buffers of its own.
+
+The weights in training are only read; their codes, saved states and graphs are not touched. It keeps 1 to 2 bytes per weight on the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tscale_fed.engine.buffers import Buffers
+from tscale_fed.engine.engine import padded_bias
+from tscale_fed.engine.forward import Work, forward
+from tscale_fed.engine.interface import StepBatch
+from tscale_fed.engine.layout import Sizes
+from tscale_fed.engine.packed import PackedWeights
+from tscale_fed.engine.precision import Precision
+from tscale_fed.model.shape import ModelShape
+from tscale_kernels.dispatch import BackendName
+from tscale_kernels.head import loss
+
+
+class Scorer:
+    """Loss sums of batches of at most `fragments` fragments of `tokens` tokens. Raises torch.OutOfMemoryError."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        bias2: Tensor | None,
+        precision: Precision,
+        device: torch.device,
+        *,
+        fragments: int,
+        tokens: int,
+        doc_start_token: int | None,
+        backend: BackendName | None = None,
+    ) -> None:
+        buffers = Buffers(Sizes(shape, fragments, tokens, precision, "evaluate"), device)
+        self._weights = PackedWeights(shape, precision.code, device, transposed=False)
+        self._table = torch.zeros(shape.embedding_rows, shape.width, device=device)
+        self._doc_start_token = doc_start_token
+        self._shape = shape
+        self._work = Work(self._weights, self._table, padded_bias(shape, bias2, device), buffers, doc_start_token is not None, backend)
+
+    def load(self, weights: Tensor) -> None:
+        """Take `weights`, float [parameters] on any device, for the following losses. Raises ValueError if they are of another model."""
+        if weights.shape != (self._shape.trained_parameters,):
+            raise ValueError(f"weights of {weights.numel()} elements do not fit model {self._shape.dims}")
+        flat = weights.detach().to(self._table.device, torch.float32)
+        self._weights.pack(flat, self._work.backend)
+        self._table.copy_(flat[: self._table.numel()].view_as(self._table))
+
+    def loss(self, text: Tensor, target: Tensor) -> Tensor:
+        """Loss sum in nats of text and target int64 [B, T] on the CPU: fp64 [1] on the device, overwritten by the next call."""
+        b, work, final = self._work.buffers, self._work, self._weights.final
+        b.load(StepBatch.make(self._shape, text, target), 0, self._doc_start_token)
+        b.loss_sum.zero_()
+        forward(work)
+        loss(
+            b.final_input, final.codes, final.units, work.bias, b.target, losses=b.losses, loss_sum=b.loss_sum, scratch=b.head,
+            backend=work.backend,
+        )  # fmt: skip
+        return b.loss_sum

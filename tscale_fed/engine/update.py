@@ -1,0 +1,53 @@
+"""The update at the end of a step: optimizer and weights on the device, in one pass of `optimizer_step`.
+
+The kernel writes nothing if the step overflowed: the flag `bad_matrix` is set on the device from the finite check, so nobody has to wait
+for the gradient before the update is launched. The caller reads the flag with the loss, and counts the step only if it was taken.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tscale_fed.engine.gradients import Gradients, update_matrices
+from tscale_fed.model.parameters import Parameters
+from tscale_fed.model.shape import ModelShape
+from tscale_fed.optimizer.rule import Optimizer
+from tscale_kernels.dispatch import BackendName
+from tscale_kernels.optimizer_step import ALL_FINITE, UpdatePlan, optimizer_step, step_scalars
+
+
+class DeviceUpdate:
+    """Weights, momentum and second moments all on the device."""
+
+    def __init__(
+        self, shape: ModelShape, parameters: Parameters, optimizer: Optimizer, gradients: Gradients, backend: BackendName | None
+    ) -> None:
+        device = parameters.device
+        self._names = [name for name, _, _ in shape.tensors()]
+        self._plan = UpdatePlan(update_matrices(shape), device)
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._gradients = gradients
+        self._backend = backend
+        self._scalars = torch.zeros(4, device=device)
+        self.bad_matrix = torch.full((1,), ALL_FINITE, dtype=torch.int32, device=device)
+
+    def launch(self, rate: float, peaks: Tensor, loss_sum: Tensor) -> None:
+        """Update unless something is not finite: `peaks` fp32 [n], `loss_sum` fp64 [1] on the device, or a matrix's gradient."""
+        optimizer = self._optimizer
+        scalars = torch.tensor(step_scalars(rate, optimizer.beta, optimizer.next_count, optimizer.settings.l2))
+        self._scalars.copy_(scalars.pin_memory() if self._scalars.is_cuda else scalars, non_blocking=True)
+        fine = peaks.isfinite().all() & loss_sum.isfinite()
+        self.bad_matrix.copy_(torch.where(fine, ALL_FINITE, -1))
+        optimizer_step(
+            self._parameters.flat, optimizer.momentum, self._parameters.flat_grad, self._plan, scalars=self._scalars,
+            moment_sums=optimizer.moment_sums, bad_matrix=self.bad_matrix, square_sums=self._gradients.square_sums, backend=self._backend,
+        )  # fmt: skip
+
+    def verdict(self, bad_matrix: int) -> str | None:
+        """None if the update was made, else which gradient was not finite; `bad_matrix` as read from the device."""
+        if bad_matrix == ALL_FINITE:
+            self._optimizer.count_step()
+            return None
+        return f"the gradient of {self._names[bad_matrix]}" if bad_matrix >= 0 else "the step"
