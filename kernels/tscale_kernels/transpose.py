@@ -59,8 +59,8 @@ def _ref_transpose(scaled: Tensor, scale: float, codes_t: Tensor, column_max: Te
         return
     peak = _PEAK[codes_t.dtype]
     column_max.copy_(scaled.abs().amax(0))
-    factor = torch.where(column_max > _SMALLEST_MAXIMUM, peak / column_max, 0.0)
-    column_unit.copy_(column_max / (peak * scale))
+    factor = torch.where(column_max > _SMALLEST_MAXIMUM, torch.full_like(column_max, peak) / column_max, 0.0)
+    column_unit.copy_(column_max / torch.full_like(column_max, peak * scale))
     codes_t.copy_(encode(scaled * factor, codes_t.dtype).T)
 
 

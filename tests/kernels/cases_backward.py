@@ -1,0 +1,118 @@
+"""Cases of the backward products and the quantisers: balance, quantize, transpose, matmul_dgrad, matmul_wgrad, norm_backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from case_protocol import CODES, Case, Setting
+from torch import Tensor
+
+from tscale_kernels import balance, quantize
+
+SALT = 2_654_435_769
+
+
+def token_weights(setting: Setting) -> Case:
+    rows = setting.sizes.rows
+    row_max = setting.gradients(rows, 128).float().abs().amax(1)
+    return Case(
+        outputs=lambda: {name: setting.poisoned((rows,), torch.float32) for name in ("weight", "inverse")},
+        run=lambda out, backend: balance.token_weights(row_max, weight=out["weight"], inverse=out["inverse"], backend=backend),
+        limits={"weight": 0, "inverse": 0},
+        bytes_moved=12 * rows,
+    )
+
+
+# -- quantisers --------------------------------------------------------------------------------------------------------
+
+
+def weights_of(setting: Setting, row_max: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight, inverse) of tokens, as `balance` makes them."""
+    weight, inverse = torch.empty_like(row_max), torch.empty_like(row_max)
+    balance.token_weights(row_max, weight=weight, inverse=inverse, backend="ref")
+    return weight, inverse
+
+
+def rows_and_transpose(setting: Setting, code: torch.dtype, columns: int, dtype: torch.dtype, segments: int) -> Case:
+    """A gradient [rows, columns] with the maxima that its maker finds; a zero column; with segments, units of four joined matrices."""
+    rows = setting.sizes.rows
+    g = setting.gradients(rows, columns, dtype)
+    g[:, 5] = 0
+    units = setting.uniform((segments,), 0.5, 2.0) if segments > 1 else None
+    row_max, column_max = setting.zeros((rows,)), setting.zeros((columns,))
+    quantize.row_max(g, segment_units=units, out=row_max, backend="ref")
+    weight, _ = weights_of(setting, row_max)
+    quantize.column_max(g, token_weight=weight, out=column_max, backend="ref")
+    seed = setting.step_seed()
+    return Case(
+        outputs=lambda: {
+            "codes": setting.poisoned((rows, columns), code),
+            "codes_t": setting.poisoned((columns, rows), code),
+            "row_unit": setting.poisoned((rows,), torch.float32),
+            "column_unit": setting.poisoned((columns,), torch.float32),
+        },
+        run=lambda out, backend: quantize.rows_and_transpose(
+            g,
+            row_max=row_max,
+            column_max=column_max,
+            token_weight=weight,
+            segment_units=units,
+            seed=seed,
+            salt=SALT,
+            backend=backend,
+            **out,
+        ),
+        limits={"codes": 0, "codes_t": 0, "row_unit": 0, "column_unit": 0},
+        bytes_moved=rows * columns * (dtype.itemsize + 2 * code.itemsize),
+    )
+
+
+def column_max(setting: Setting, dtype: torch.dtype) -> Case:
+    rows, columns = setting.sizes.rows, setting.sizes.width
+    g, weight = setting.gradients(rows, columns, dtype), setting.uniform((rows,), 0.5, 50.0)
+    return Case(
+        outputs=lambda: {"out": setting.zeros((columns,))},
+        run=lambda out, backend: quantize.column_max(g, token_weight=weight, out=out["out"], backend=backend),
+        limits={"out": 0},
+        bytes_moved=rows * columns * dtype.itemsize,
+    )
+
+
+def row_max(setting: Setting, dtype: torch.dtype, segments: int) -> Case:
+    rows, columns = setting.sizes.rows, setting.sizes.width * segments
+    g = setting.gradients(rows, columns, dtype)
+    units = setting.uniform((segments,), 0.5, 2.0) if segments > 1 else None
+    return Case(
+        outputs=lambda: {"out": setting.poisoned((rows,), torch.float32)},
+        run=lambda out, backend: quantize.row_max(g, segment_units=units, out=out["out"], backend=backend),
+        limits={"out": 0},
+        bytes_moved=rows * columns * dtype.itemsize,
+    )
+
+
+CASES: dict[str, Callable[[Setting], Case]] = {
+    "token_weights": token_weights,
+    "column_max fp32": partial(column_max, dtype=torch.float32),
+    "column_max bf16": partial(column_max, dtype=torch.bfloat16),
+    "row_max fp32": partial(row_max, dtype=torch.float32, segments=1),
+    "row_max joined": partial(row_max, dtype=torch.bfloat16, segments=4),
+}
+
+
+def _add_quantisers(name: str, code: torch.dtype) -> None:
+    def stream(setting: Setting) -> Case:
+        return rows_and_transpose(setting, code, setting.sizes.width, torch.float32, 1)
+
+    def up(setting: Setting) -> Case:
+        return rows_and_transpose(setting, code, setting.sizes.ffn_width, torch.bfloat16, 1)
+
+    def joined(setting: Setting) -> Case:
+        return rows_and_transpose(setting, code, 4 * setting.sizes.attention_width, torch.bfloat16, 4)
+
+    CASES.update({f"rows_and_transpose {name} {what.__name__}": what for what in (stream, up, joined)})
+
+
+for _name, _code in CODES.items():
+    _add_quantisers(_name, _code)
