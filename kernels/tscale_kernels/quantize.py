@@ -248,11 +248,12 @@ def _launch_rows_and_transpose(
     segment_columns = columns if segment_units is None else columns // segment_units.numel()
     config = fitted(config, BM=rows, BN=segment_columns)
     byte_codes = codes.dtype != torch.bfloat16
+    peak = quantizer_peak(codes.dtype) if byte_codes else 0.0
     rows_and_transpose_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
         g.view(torch.int32 if g.dtype == torch.bfloat16 else torch.int64), row_max, column_max, token_weight, segment_units, seed, salt,
         codes.view(torch.int16 if byte_codes else torch.int32), row_unit,
-        codes_t.view(torch.int8 if byte_codes else torch.int16), column_unit, rows, columns, segment_columns, CODE=tiles.TRITON_DTYPES[codes.dtype], PEAK=0.0 if not byte_codes else quantizer_peak(codes.dtype),
-        enable_fp_fusion=False, **config,
+        codes_t.view(torch.int8 if byte_codes else torch.int16), column_unit, rows, columns, segment_columns,
+        CODE=tiles.TRITON_DTYPES[codes.dtype], PEAK=peak, enable_fp_fusion=False, **config,
     )  # fmt: skip
 
 
