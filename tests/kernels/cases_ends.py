@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
 from case_protocol import CODES, ONE_CODE_OFF, Case, Setting, Sizes, Tensors
 
-from tscale_kernels import embedding
+from tscale_kernels import codes, embedding, head
 from tscale_kernels.pack_weights import PackMatrix, PackPlan, pack_weights
 
 # -- the matrices of a model -------------------------------------------------------------------------------------------
@@ -138,9 +139,77 @@ def embedding_gradient(setting: Setting, count: int, stream: torch.dtype) -> Cas
     )
 
 
+# -- head --------------------------------------------------------------------------------------------------------------
+
+
+def head_inputs(setting: Setting, code: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """(n, w, unit, bias, target): logits of size 2, counts as in text, an eighth of the positions and all padding without target."""
+    s = setting.sizes
+    n = setting.vector_codes(s.rows, s.width, code)
+    w = setting.normal((s.padded_vocab, s.width)) * codes.weight_scale(code)
+    w[s.vocab :] = 0
+    bias = torch.full((s.padded_vocab,), head.PADDING_BIAS, device=setting.device)
+    bias[: s.vocab] = -torch.log(setting.uniform((s.vocab,)) + 1e-3)
+    target = (setting.uniform((s.rows,)) ** 2 * s.vocab).long()
+    target[setting.uniform((s.rows,)) < 0.125] = head.NO_TARGET
+    target[s.fragments * s.tokens :] = head.NO_TARGET
+    return n, codes.encode(w, code), setting.uniform((1,), 1.0, 2.0) / codes.weight_scale(code), bias, target
+
+
+def head_exact(n: torch.Tensor, w: torch.Tensor, unit: torch.Tensor, bias: torch.Tensor, target: torch.Tensor, vocab: int) -> Tensors:
+    """The formula in fp64, for sizes whose logits fit."""
+    if n.shape[0] * w.shape[0] > 2**24:
+        return {}
+    state = n.double() / codes.vector_scale(n.dtype)
+    weights = w.double() * (unit.double() / n.shape[1] ** 0.5)
+    logits = state @ weights.T + bias.double()
+    has_target = (target >= 0)[:, None]
+    log_p = torch.log_softmax(logits, 1)
+    error = log_p.exp().scatter_add(1, target.clamp_min(0)[:, None], -torch.ones_like(log_p[:, :1])) * has_target
+    losses = torch.where(has_target, -log_p.gather(1, target.clamp_min(0)[:, None]), 0.0)[:, 0]
+    grad = 1e-3 + error[:, :vocab].T @ state / n.shape[1] ** 0.5
+    return {"losses": losses, "loss_sum": losses.sum().view(1), "d_n": error @ weights, "grad": grad}
+
+
+def head_gradient(setting: Setting, code: torch.dtype, chunk: int = 0) -> Case:
+    """With a chunk size: the gradient of the final layer is not summed in parts, as for large vocabularies."""
+    s = setting.sizes
+    inputs = head_inputs(setting, code)
+    scratch = head.HeadScratch.allocate(s.rows, s.padded_vocab, s.width, setting.device, chunk=chunk)
+    scratch = replace(scratch, partial=scratch.partial[:0]) if chunk else scratch
+    limits = {"losses": 1e-5, "loss_sum": 1e-6, "d_n": 3e-3, "grad": 1e-3}
+    exact_limits = {"losses": 1e-5, "loss_sum": 1e-6, "d_n": 5e-3, "grad": 3e-3}
+    return Case(
+        outputs=lambda: {
+            "losses": setting.poisoned((s.rows,), torch.float32), "loss_sum": setting.zeros((1,), torch.float64),
+            "d_n": setting.poisoned((s.rows, s.width), torch.bfloat16), "grad": setting.zeros((s.vocab, s.width)) + 1e-3,
+        },
+        run=lambda out, backend: head.loss_and_gradient(*inputs, **out, scratch=scratch, backend=backend),
+        limits=limits,
+        exact=lambda: head_exact(*inputs, s.vocab),
+        exact_limits=exact_limits if s.rows * s.padded_vocab <= 2**24 else {},
+        matmul=(s.rows, s.padded_vocab, 4 * s.width),
+    )  # fmt: skip
+
+
+def head_loss(setting: Setting, code: torch.dtype) -> Case:
+    s = setting.sizes
+    inputs = head_inputs(setting, code)
+    scratch = head.HeadScratch.allocate(s.rows, s.padded_vocab, s.width, setting.device, gradient=False)
+    return Case(
+        outputs=lambda: {"losses": setting.poisoned((s.rows,), torch.float32), "loss_sum": setting.zeros((1,), torch.float64)},
+        run=lambda out, backend: head.loss(*inputs, **out, scratch=scratch, backend=backend),
+        limits={"losses": 1e-5, "loss_sum": 1e-6},
+        matmul=(s.rows, s.padded_vocab, s.width),
+    )
+
+
 CASES = {f"pack_weights {name}": partial(pack, code=code, sums_known=False) for name, code in CODES.items()}
 CASES |= {"pack_weights int8 sums known": partial(pack, code=torch.int8, sums_known=True)}
 CASES |= {f"embed_normalise {name}": partial(embed_normalise, code=code, count=1, stream=torch.float32) for name, code in CODES.items()}
 CASES |= {"embed_normalise int8 noise rows, bf16 stream": partial(embed_normalise, code=torch.int8, count=3, stream=torch.bfloat16)}
 CASES |= {"embedding_gradient fp32": partial(embedding_gradient, count=1, stream=torch.float32)}
 CASES |= {"embedding_gradient noise rows, bf16 stream": partial(embedding_gradient, count=3, stream=torch.bfloat16)}
+CASES |= {f"head_gradient {name}": partial(head_gradient, code=code) for name, code in CODES.items()}
+CASES |= {"head_gradient int8 in chunks": partial(head_gradient, code=torch.int8, chunk=128)}
+CASES |= {f"head_loss {name}": partial(head_loss, code=code) for name, code in CODES.items()}
