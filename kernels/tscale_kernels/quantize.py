@@ -211,14 +211,18 @@ if has_triton():
                 tl.store(row_unit + row, unit_of(maximum, PEAK))
 
     @triton.jit
-    def column_max_kernel(g, token_weight, out, N, tiles_of_rows, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """out: int32 pointer to the bits of floats >= 0, which compare as their bits do (a NaN is above all)."""
+    def column_max_kernel(  # type: ignore[no-untyped-def]
+        g, token_weight, out, N, tiles_of_rows, RELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr
+    ):
+        """out: int32 pointer to the bits of floats >= 0, which compare as their bits do (a NaN is above all). RELU: of max(g, 0)."""
         column = tl.program_id(0) * BN + tl.arange(0, BN)
         largest = tl.zeros((BM, BN), tl.int32)
         first = tl.program_id(1) * STEPS
         for tile in range(first, min(first + STEPS, tiles_of_rows)):
             row = tile * BM + tl.arange(0, BM)
             value = tl.load(g + row[:, None].to(tl.int64) * N + column[None, :]).to(tl.float32)
+            if RELU:
+                value = tl.where(value < 0, 0.0, value)
             largest = tl.maximum(largest, size_bits(value * tl.load(token_weight + row)[:, None]))
         tl.atomic_max(out + column, tl.max(largest, axis=0), sem="relaxed")
 
@@ -257,12 +261,13 @@ def _launch_rows_and_transpose(
     )  # fmt: skip
 
 
-def _launch_column_max(g: Tensor, token_weight: Tensor, out: Tensor) -> None:
+def launch_column_max(g: Tensor, token_weight: Tensor, out: Tensor, relu: bool = False) -> None:
+    """`column_max` on the GPU, of any dtype g; with relu, of max(g, 0)."""
     rows, columns = g.shape
     config = fitted(launch("column_max", tiles.capability(g.device)), BM=rows, BN=columns)
     row_tiles = rows // config["BM"]
     column_max_kernel[(columns // config["BN"], triton.cdiv(row_tiles, config["STEPS"]))](
-        g, token_weight, out.view(torch.int32), columns, row_tiles, enable_fp_fusion=False, **config
+        g, token_weight, out.view(torch.int32), columns, row_tiles, RELU=relu, enable_fp_fusion=False, **config
     )
 
 
@@ -310,7 +315,7 @@ def rows_and_transpose(
 def column_max(g: Tensor, *, token_weight: Tensor, out: Tensor, backend: BackendName | None = None) -> None:
     """out[n] = max(out[n], max_t |g[t, n]| * token_weight[t]): the caller zeroes out. g: bf16 or fp32 [M, N]; fp32 [M]; fp32 [N]."""
     if choose(g.device, backend).name == "triton":
-        _launch_column_max(g, token_weight, out)
+        launch_column_max(g, token_weight, out)
         return
     ref_column_max(g, token_weight=token_weight, out=out)
 

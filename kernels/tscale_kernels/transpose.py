@@ -15,8 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tscale_kernels import tiles
 from tscale_kernels.codes import encode, vector_scale
-from tscale_kernels.dispatch import BackendName, choose
+from tscale_kernels.dispatch import BackendName, choose, has_triton
+from tscale_kernels.launch_table import fitted, launch
+from tscale_kernels.quantize import launch_column_max
 
 _PEAK = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _SMALLEST_MAXIMUM = 1e-30
@@ -27,7 +30,7 @@ _REPLICAS, _BLOCK = 4, 32
 
 def ref_transpose_scaled(x: Tensor, *, token_scale: Tensor, relu: bool, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
     """See `transpose_scaled`."""
-    numbers = x.float().clamp(min=0.0) if relu else x.float()
+    numbers = torch.where(x.float() < 0, 0.0, x.float()) if relu else x.float()
     _ref_transpose(numbers * token_scale[:, None], vector_scale(x.dtype), codes_t, column_max, column_unit)
 
 
@@ -64,6 +67,133 @@ def _ref_transpose(scaled: Tensor, scale: float, codes_t: Tensor, column_max: Te
     codes_t.copy_(encode(scaled * factor, codes_t.dtype).T)
 
 
+# -- Triton ------------------------------------------------------------------------------------------------------------
+# Two passes: the column maxima, then the codes. Tiles have the shape [R, BM / R, BN] with token = R * second + first (see `quantize.py`).
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+    from tscale_kernels.codes import encode_tile
+    from tscale_kernels.quantize import factor_of, size_bits
+
+    @triton.jit
+    def store_transposed(scaled, codes_t, row, M, first, CODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Codes of an fp32 tile [R, BM / R, BN] to rows `row` [BN] and columns first .. + BM of codes_t. |scaled| <= 127.5 for int8."""
+        if CODE == tl.int8:
+            codes = (scaled + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)  # the bits below 2**23 are the rounded number
+        else:
+            codes = encode_tile(scaled, CODE)
+        transposed = tl.reshape(tl.permute(codes, (2, 1, 0)), (BN, BM))
+        tl.store(codes_t + row.to(tl.int64)[:, None] * M + first + tl.arange(0, BM)[None, :], transposed)
+
+    @triton.jit
+    def transpose_scaled_kernel(  # type: ignore[no-untyped-def]
+        x, token_scale, column_max, codes_t, column_unit, M, N, scale,
+        RELU: tl.constexpr, CODE: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+        STEPS: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        """Program (i, j): columns i * BN .. + BN of row tiles j * STEPS .. + STEPS."""
+        row = tl.program_id(0) * BN + tl.arange(0, BN)
+        maximum = tl.load(column_max + row)
+        if tl.program_id(1) == 0:
+            tl.store(column_unit + row, column_unit_of(maximum, scale, PEAK))
+        factor = factor_of(maximum, PEAK)[None, None, :]
+        token = tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
+        first = tl.program_id(1) * STEPS
+        for tile in tl.range(first, min(first + STEPS, M // BM), num_stages=STAGES):
+            value = tl.load(x + (tile * BM + token).to(tl.int64) * N + row[None, None, :]).to(tl.float32)
+            if RELU:
+                value = tl.where(value < 0, 0.0, value)
+            scaled = value * tl.load(token_scale + tile * BM + token) * factor
+            store_transposed(scaled, codes_t, row, M, tile * BM, CODE, BM, BN)
+
+    @triton.jit
+    def column_unit_of(maximum, scale, PEAK: tl.constexpr):  # type: ignore[no-untyped-def]
+        if PEAK == 0.0:
+            return tl.div_rn(tl.full(maximum.shape, 1.0, tl.float32), scale)
+        else:
+            return tl.div_rn(maximum, PEAK * scale)
+
+    @triton.jit
+    def product_row(column, block: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Canonical row of gate block i = `block` times the attention result's column h*128 + j*32 + m."""
+        j = column // 32 % 4
+        return column // 128 * 512 + (j ^ block) * 128 + column % 32 * 4 + j
+
+    @triton.jit
+    def product_of(gate, out, token_scale, token, column, block: tl.constexpr, N):  # type: ignore[no-untyped-def]
+        """fp32 products of gate block `block` and columns `column` of the attention result, times the token's scale."""
+        at = token.to(tl.int64) * N
+        attended = tl.load(out + at + column).to(tl.float32) * tl.load(token_scale + token)
+        return tl.load(gate + at + (column // 128 * 128 + block * 32 + column % 32)).to(tl.float32) * attended
+
+    @triton.jit
+    def products_max_kernel(  # type: ignore[no-untyped-def]
+        gate, out, token_scale, column_max, N, tiles_of_rows, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr
+    ):
+        """Maxima of the four products of BN columns of the attention result. column_max: int32 pointer to bits."""
+        column = tl.program_id(0) * BN + tl.arange(0, BN)
+        largest_0, largest_1 = tl.zeros((BM, BN), tl.int32), tl.zeros((BM, BN), tl.int32)
+        largest_2, largest_3 = tl.zeros((BM, BN), tl.int32), tl.zeros((BM, BN), tl.int32)
+        first = tl.program_id(1) * STEPS
+        for tile in range(first, min(first + STEPS, tiles_of_rows)):
+            token = tile * BM + tl.arange(0, BM)[:, None]
+            largest_0 = tl.maximum(largest_0, size_bits(product_of(gate, out, token_scale, token, column[None, :], 0, N)))
+            largest_1 = tl.maximum(largest_1, size_bits(product_of(gate, out, token_scale, token, column[None, :], 1, N)))
+            largest_2 = tl.maximum(largest_2, size_bits(product_of(gate, out, token_scale, token, column[None, :], 2, N)))
+            largest_3 = tl.maximum(largest_3, size_bits(product_of(gate, out, token_scale, token, column[None, :], 3, N)))
+        tl.atomic_max(column_max + product_row(column, 0), tl.max(largest_0, axis=0), sem="relaxed")
+        tl.atomic_max(column_max + product_row(column, 1), tl.max(largest_1, axis=0), sem="relaxed")
+        tl.atomic_max(column_max + product_row(column, 2), tl.max(largest_2, axis=0), sem="relaxed")
+        tl.atomic_max(column_max + product_row(column, 3), tl.max(largest_3, axis=0), sem="relaxed")
+
+    @triton.jit
+    def transpose_products_kernel(  # type: ignore[no-untyped-def]
+        gate, out, token_scale, column_max, codes_t, column_unit, M, N, scale,
+        CODE: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+    ):  # fmt: skip
+        """Program (i, j): the four products of BN columns of the attention result in row tile j."""
+        column = tl.program_id(0) * BN + tl.arange(0, BN)
+        token = tl.program_id(1) * BM + tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
+        for block in tl.static_range(4):
+            row = product_row(column, block)
+            maximum = tl.load(column_max + row)
+            if tl.program_id(1) == 0:
+                tl.store(column_unit + row, column_unit_of(maximum, scale, PEAK))
+            product = product_of(gate, out, token_scale, token, column[None, None, :], block, N)
+            scaled = product * factor_of(maximum, PEAK)[None, None, :]
+            store_transposed(scaled, codes_t, row, M, tl.program_id(1) * BM, CODE, BM, BN)
+
+
+def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
+    rows, columns = x.shape
+    if x.dtype != torch.bfloat16:
+        column_max.zero_()
+        launch_column_max(x, token_scale, column_max, relu)
+    config = fitted(launch("transpose_scaled", tiles.capability(x.device), x.dtype), BM=rows, BN=columns)
+    transpose_scaled_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
+        x, token_scale, column_max, codes_t, column_unit, rows, columns, vector_scale(x.dtype),
+        RELU=relu, CODE=tiles.TRITON_DTYPES[x.dtype], PEAK=_PEAK.get(x.dtype, 0.0), enable_fp_fusion=False, **config,
+    )  # fmt: skip
+
+
+def _launch_products(gate: Tensor, out: Tensor, token_scale: Tensor, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
+    (rows, columns), capability = gate.shape, tiles.capability(gate.device)
+    if gate.dtype != torch.bfloat16:
+        column_max.zero_()
+        config = fitted(launch("products_max", capability, gate.dtype), BM=rows, BN=columns)
+        row_tiles = rows // config["BM"]
+        products_max_kernel[(columns // config["BN"], triton.cdiv(row_tiles, config["STEPS"]))](
+            gate, out, token_scale, column_max.view(torch.int32), columns, row_tiles, enable_fp_fusion=False, **config
+        )
+    config = fitted(launch("transpose_products", capability, gate.dtype), BM=rows, BN=columns)
+    transpose_products_kernel[(columns // config["BN"], rows // config["BM"])](
+        gate, out, token_scale, column_max, codes_t, column_unit, rows, columns, vector_scale(gate.dtype),
+        CODE=tiles.TRITON_DTYPES[gate.dtype], PEAK=_PEAK.get(gate.dtype, 0.0), enable_fp_fusion=False, **config,
+    )  # fmt: skip
+
+
 # -- run ---------------------------------------------------------------------------------------------------------------
 
 
@@ -83,7 +213,9 @@ def transpose_scaled(
     Writes codes_t [K, M] of x's dtype and column_unit fp32 [K] (which includes 1 / vector_scale); column_max fp32 [K] is scratch.
     M and K are multiples of 128.
     """
-    choose(x.device, backend)
+    if choose(x.device, backend).name == "triton":
+        _launch_scaled(x, token_scale, relu, codes_t, column_max, column_unit)
+        return
     ref_transpose_scaled(x, token_scale=token_scale, relu=relu, codes_t=codes_t, column_max=column_max, column_unit=column_unit)
 
 
@@ -102,5 +234,7 @@ def transpose_products(
     gate: codes [M, A] in blocked channel order; out: bf16 [M, A], the attention result in blocked order. token_scale: fp32 [M], > 0.
     Writes codes_t [4A, M] of gate's dtype and column_unit fp32 [4A]; column_max fp32 [4A] is scratch. M and A are multiples of 128.
     """
-    choose(gate.device, backend)
+    if choose(gate.device, backend).name == "triton":
+        _launch_products(gate, out, token_scale, codes_t, column_max, column_unit)
+        return
     ref_transpose_products(gate, out, token_scale=token_scale, codes_t=codes_t, column_max=column_max, column_unit=column_unit)

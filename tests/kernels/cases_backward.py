@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from case_protocol import CODES, Case, Setting
+from case_protocol import CODES, Case, Setting, Tensors
 from torch import Tensor
 
-from tscale_kernels import balance, quantize
+from tscale_kernels import balance, quantize, transpose
 
 SALT = 2_654_435_769
 
@@ -92,6 +92,40 @@ def row_max(setting: Setting, dtype: torch.dtype, segments: int) -> Case:
     )
 
 
+def transpose_outputs(setting: Setting, code: torch.dtype, columns: int) -> Tensors:
+    return {
+        "codes_t": setting.poisoned((columns, setting.sizes.rows), code),
+        "column_max": setting.poisoned((columns,), torch.float32),
+        "column_unit": setting.poisoned((columns,), torch.float32),
+    }
+
+
+def transpose_scaled(setting: Setting, code: torch.dtype, relu: bool) -> Case:
+    rows, columns = setting.sizes.rows, setting.sizes.ffn_width if relu else setting.sizes.width
+    x, scale = setting.vector_codes(rows, columns, code), setting.uniform((rows,), 1e-4, 1e-2)
+    x[:, 7] = 0
+    passes = 1 if code == torch.bfloat16 else 2
+    return Case(
+        outputs=lambda: transpose_outputs(setting, code, columns),
+        run=lambda out, backend: transpose.transpose_scaled(x, token_scale=scale, relu=relu, backend=backend, **out),
+        limits={"codes_t": 0, "column_unit": 0},
+        bytes_moved=rows * columns * code.itemsize * (passes + 1),
+    )
+
+
+def transpose_products(setting: Setting, code: torch.dtype) -> Case:
+    rows, columns = setting.sizes.rows, setting.sizes.attention_width
+    gate, scale = setting.vector_codes(rows, columns, code), setting.uniform((rows,), 1e-4, 1e-2)
+    attended = setting.normal((rows, columns), torch.bfloat16, 0.3)
+    passes = 1 if code == torch.bfloat16 else 2
+    return Case(
+        outputs=lambda: transpose_outputs(setting, code, 4 * columns),
+        run=lambda out, backend: transpose.transpose_products(gate, attended, token_scale=scale, backend=backend, **out),
+        limits={"codes_t": 0, "column_unit": 0},
+        bytes_moved=rows * columns * (passes * (2 + code.itemsize) + 4 * code.itemsize),
+    )
+
+
 CASES: dict[str, Callable[[Setting], Case]] = {
     "token_weights": token_weights,
     "column_max fp32": partial(column_max, dtype=torch.float32),
@@ -111,6 +145,9 @@ def _add_quantisers(name: str, code: torch.dtype) -> None:
     def joined(setting: Setting) -> Case:
         return rows_and_transpose(setting, code, 4 * setting.sizes.attention_width, torch.bfloat16, 4)
 
+    CASES[f"transpose_scaled {name}"] = partial(transpose_scaled, code=code, relu=False)
+    CASES[f"transpose_scaled {name} relu"] = partial(transpose_scaled, code=code, relu=True)
+    CASES[f"transpose_products {name}"] = partial(transpose_products, code=code)
     CASES.update({f"rows_and_transpose {name} {what.__name__}": what for what in (stream, up, joined)})
 
 
