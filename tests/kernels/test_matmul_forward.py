@@ -1,13 +1,15 @@
 """Forward products against the plain-torch model: rows in kernel order, rotation of adjacent pairs, normalisation, relu, residual."""
 
+import numpy as np
 import pytest
 import torch
+from test_checking import run_script
 
 from tscale_fed.model.combiner import blocked_channels
 from tscale_fed.model.normalise import normalise_ref
 from tscale_fed.model.rotary import rotary_table, rotate
-from tscale_kernels import codes, matmul_addnorm, matmul_norm
-from tscale_kernels.testing import assert_close, poisoned
+from tscale_kernels import codes, dispatch, matmul_addnorm, matmul_norm, normalise
+from tscale_kernels.testing import assert_close, assert_same_bits, poisoned
 
 TOKENS, WIDTH, HEADS, ROWS = 40, 256, 2, 128
 CODES = (torch.int8, torch.float8_e4m3fn, torch.bfloat16)
@@ -105,3 +107,21 @@ def test_wrong_shapes_are_refused() -> None:
         matmul_norm.expand(n, w, torch.ones(1), hidden=out, active=out, rms=rms)
     with pytest.raises(ValueError, match="differ"):
         matmul_addnorm.add_normalise(n, w, torch.ones(1), a_scale=1.0, x=torch.zeros(128, 128), n=out, rms=rms)
+
+
+@pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed (pip install 'tscale-fed[interp]')")
+def test_operands_by_pointer_give_the_same_as_the_reference() -> None:
+    done = run_script("interpreted_pointers.py", "cases_matmul")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+def test_roots_are_correctly_rounded_and_sums_have_the_prescribed_order() -> None:
+    values = torch.randn(500, 256, generator=torch.Generator().manual_seed(4)) * 1e3
+    scaled, root = normalise.ref_normalise(values, 24.0)
+    squares = (values * values).view(500, 2, 128).numpy()
+    for half in (64, 32, 16, 8):
+        squares = squares[..., :half] + squares[..., half:]
+    quads = (squares[..., 0::2] + squares[..., 1::2]).astype(np.float64)
+    want = np.sqrt(quads.sum(-1).astype(np.float32) * np.float32(1 / 128))
+    assert_same_bits("root", root, torch.from_numpy(want))
+    assert_same_bits("scaled", scaled, (values.view(500, 2, 128) * torch.from_numpy(np.float32(24) / want)[:, :, None]).flatten(1))
