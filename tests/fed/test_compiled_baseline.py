@@ -52,7 +52,7 @@ def test_three_steps_are_those_of_the_reference() -> None:
         optimizer.step(RATE)
         assert ours.step(text, target, RATE).item() == pytest.approx(total.item(), rel=1e-5)
     text, target = batch(9)
-    assert ours.loss(text, target).item() == pytest.approx(model.loss(text, target)[0].item(), rel=1e-5)
+    assert ours.losses([(text, target)]).item() == pytest.approx(model.loss(text, target)[0].item(), rel=1e-5)
 
 
 def test_every_gradient_is_that_of_the_reference() -> None:
@@ -82,11 +82,11 @@ def test_noise_rows_and_dropped_tokens_reach_the_embedding() -> None:
 
 def test_other_weights_can_be_evaluated_between_steps() -> None:
     ours, other = baseline(), baseline()
-    text, target = batch(7)
-    ours.step(text, target, RATE)
-    live = ours.loss(text, target).item()
-    assert ours.loss(text, target, other.weights).item() == pytest.approx(other.loss(text, target).item(), rel=1e-6)
-    assert ours.loss(text, target).item() == live
+    batches = [batch(7), batch(8)]
+    ours.step(*batches[0], RATE)
+    live = ours.losses(batches)
+    assert torch.allclose(ours.losses(batches, other.weights), other.losses(batches), rtol=1e-6)
+    assert torch.equal(ours.losses(batches), live)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")

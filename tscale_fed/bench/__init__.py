@@ -8,6 +8,8 @@ It prints a table for people and writes one JSON file with the figures, the mach
     step.py               speed of a whole step; step_rows.py, step_measure.py, step_table.py: what is compared, timed, printed
     kernel_profile.py     where a step's time goes, kernel by kernel
     compiled_baseline.py  the same model in bf16 with torch.compile; compiled_layer.py its layer, flat_rule.py its optimizer
+    quality.py            what is learnt in so many tokens, beside the original; quality_settings.py: a run in words
+    quality_text.py       its text; quality_learners.py, quality_run.py, quality_table.py: what is trained, one run, what is printed
     local_way.py          the faster of two ways for the baseline's local attention
     learning.py           does the swarm learn? Command line, worker processes, verdict
     learning_rows.py      the ways to train that are compared: one peer, synchronous, swarm rules
@@ -20,6 +22,7 @@ It prints a table for people and writes one JSON file with the figures, the mach
 """
 
 BENCHES = {
+    "quality": "loss after so many tokens, beside the original and bf16",
     "step": "speed of a training step beside bf16 torch.compile",
     "learning": "held-out loss of a swarm beside one peer and synchronous training",
     "kernels": "time of every GPU kernel beside torch's own",

@@ -11,7 +11,7 @@ Its flat order is its own: embedding, final layer, then per layer [query key gat
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -118,20 +118,23 @@ class CompiledBaseline:
             self._graph.replay()
         return self._loss_sum.clone()
 
-    def loss(self, text: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Loss sum of at most `fragments` fragments, with the live weights or with `weights` (flat, own order) in their place."""
-        matrices = self._matrices_of(weights) if weights is not None else None
-        if matrices is not None:
+    def losses(self, batches: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None = None) -> Tensor:
+        """Loss sums [batches] of (text, target), each of at most `fragments` fragments; `weights` (flat, own order) instead of the live."""
+        matrices = [matrix.weight for matrix in self._matrices] if weights is None else self._matrices_of(weights)
+        if weights is not None:
             self.rule.refresh_shadows(matrices)
-        embedding = self._matrices[0].weight if matrices is None else matrices[0]
+        sums = [self._loss(text, target, matrices[0][0]) for text, target in batches]
+        if weights is not None:
+            self.refresh()
+        return torch.stack(sums)
+
+    def _loss(self, text: Tensor, target: Tensor, embedding: Tensor) -> Tensor:
         labels, signs = input_labels(self.shape, text)
         total = torch.zeros((), device=self.device)
         for part in range(0, text.shape[0], self._micro):
             # Gradients stay on: without them every layer would be compiled a second time.
-            state = self._state(self._embed(embedding[0], labels[part : part + self._micro], signs).requires_grad_())
+            state = self._state(self._embed(embedding, labels[part : part + self._micro], signs).requires_grad_())
             total += self._head(state.detach(), target[part : part + self._micro], None)[0]
-        if matrices is not None:
-            self.refresh()
         return total
 
     def refresh(self) -> None:

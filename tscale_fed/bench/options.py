@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tscale_fed.model.shape import ModelShape
 
+FORMATS = ("bfloat16", "int8", "fp8")
+"""What the engine computes with."""
+
 
 def count(text: str) -> int:
     """A whole number above 0."""
@@ -37,3 +40,13 @@ def shape_of(dims: str, vocab: int, noise_rows: int = 0) -> ModelShape:
         return ModelShape.parse(dims, vocab, noise_rows)
     except ShapeError as error:
         raise Refused("bad-bench", str(error)) from None
+
+
+def formats_of(text: str) -> tuple[str, str]:
+    """PRECISION[/ATTENTION] as (precision, attention), attention "auto" if it is not given. Raises Refused("bad-bench")."""
+    from tscale_net.errors import Refused
+
+    precision, _, attention = text.partition("/")
+    if precision not in FORMATS or attention not in ("", *FORMATS):
+        raise Refused("bad-bench", f"'{text}' is unknown: write PRECISION or PRECISION/ATTENTION, each of {', '.join(FORMATS)}")
+    return precision, attention or "auto"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tscale_fed.bench.compiled_layer import LocalWay
+from tscale_fed.bench.options import formats_of
 from tscale_fed.model.shape import ModelShape
 from tscale_net.errors import Refused
 
@@ -115,20 +116,20 @@ class EngineRow:
         from tscale_fed.engine.interface import StepBatch
 
         formats, _, place = name.partition("@")
-        precision, _, attention = formats.partition("/")
+        precision, attention = formats_of(formats)
         if place not in ("", "host"):
             raise Refused("bad-bench", f"row '{name}': '@{place}' is unknown; write for example int8/fp8 or int8/fp8@host")
         more: dict[str, Any] = {"optimizer_place": "host"} if place else {}
         micro = sizes.fragments // options.micro_batches if options.micro_batches else 0
         self._batches = [StepBatch.make(sizes.shape, text, target) for text, target in batches]
         self._engine = build_engine(
-            sizes.shape, start, device=sizes.device, precision=precision, attention=attention or "auto", fragments=sizes.fragments,
+            sizes.shape, start, device=sizes.device, precision=precision, attention=attention, fragments=sizes.fragments,
             tokens=sizes.tokens, micro_batch=micro, plan=options.plan, stream=options.stream, graphs=None if options.graphs else False,
             say=say, **more,
         )  # fmt: skip
 
     def step(self, index: int, rate: float) -> Tensor | float:
-        return self._engine.step(self._batches[index % len(self._batches)]._replace(step=index), rate)
+        return self._engine.step(self._batches[index % len(self._batches)]._replace(step=index, seed=index), rate)
 
     def facts(self) -> dict[str, Any]:
         return {"plan": str(self._engine.plan)}
