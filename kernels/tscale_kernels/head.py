@@ -165,7 +165,7 @@ if has_triton():
         n, w, unit, bias, target, statistics, chosen, rows, row_tiles, column_tiles, depth, factor,
         ACC: tl.constexpr, TMA: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Pass 1 of one tile: statistics [2, column tiles, rows] gets row maxima and sums of exponentials, chosen [rows] targets' logits."""
+        """Pass 1 of one tile: statistics [2, column tiles, rows] gets row maxima and sums of exponentials, chosen [rows] target logits."""
         row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
         row, column = row_tile * BR, column_tile * BC
         logits = logits_tile(n, w, unit, bias, row, column, depth, factor, BR, BC, BK, ACC, TMA)

@@ -9,6 +9,7 @@ import torch
 from case_protocol import CODES, ONE_CODE_OFF, Case, Setting, Sizes, Tensors
 
 from tscale_kernels import codes, embedding, head
+from tscale_kernels.optimizer_step import ALL_FINITE, UpdateMatrix, UpdatePlan, optimizer_step, step_scalars
 from tscale_kernels.pack_weights import PackMatrix, PackPlan, pack_weights
 
 # -- the matrices of a model -------------------------------------------------------------------------------------------
@@ -204,6 +205,64 @@ def head_loss(setting: Setting, code: torch.dtype) -> Case:
     )
 
 
+# -- optimizer ---------------------------------------------------------------------------------------------------------
+
+SUMS_OF = 16384
+"""Elements whose squares a gradient kernel sums up, here: a tile of 128 x 128."""
+
+
+def update_matrices(sizes: Sizes, with_sums: bool) -> list[UpdateMatrix]:
+    found, start, first = [], 0, 0
+    for name, rows, columns in matrices(sizes):
+        per_row = name in ("embedding", "final")
+        count = rows * columns // SUMS_OF
+        found.append(UpdateMatrix(start, rows, columns, per_row, (first, count) if with_sums and not per_row else None))
+        first += 0 if per_row else count
+        start += rows * columns
+    return found
+
+
+def optimizer(setting: Setting, momentum: torch.dtype, with_sums: bool, extras: bool, bad: bool = False) -> Case:
+    """`extras`: gradient cleared, sums of squares of the new weights; `bad`: the third matrix holds an infinity, nothing may change."""
+    count = flat_length(setting.sizes)
+    plan = UpdatePlan(update_matrices(setting.sizes, with_sums), setting.device)
+    gradient = setting.normal((count,), scale=1e-3)
+    gradient[: 3 * setting.sizes.width] = 0  # rows without a gradient
+    layer_start = plan.matrices[2].start
+    sums = gradient[layer_start:].view(-1, SUMS_OF).square().sum(1)
+    if bad:
+        gradient[layer_start + 7] = torch.inf
+    start = {"weights": setting.normal((count,)), "momentum": setting.normal((count,), momentum), "gradient": gradient}
+    start["moment_sums"] = setting.uniform((plan.moments,)) * 1e-6
+    start["moment_sums"][:2] = 0
+    scalars = torch.tensor(step_scalars(0.01, 0.95, 12.5, l2=0.1), device=setting.device)
+    seed = setting.step_seed()
+
+    def made() -> Tensors:
+        out = {name: tensor.clone() for name, tensor in start.items()}
+        out["bad_matrix"] = torch.full((1,), ALL_FINITE, dtype=torch.int32, device=setting.device)
+        return out | ({"weight_squares": setting.poisoned((plan.blocks,), torch.float64)} if extras else {})
+
+    def run(out: Tensors, backend: str) -> None:
+        optimizer_step(
+            out["weights"], out["momentum"], out["gradient"], plan, scalars=scalars, moment_sums=out["moment_sums"],
+            bad_matrix=out["bad_matrix"], square_sums=sums if with_sums else None, weight_squares=out.get("weight_squares"), seed=seed,
+            clear=extras, backend=backend,
+        )  # fmt: skip
+
+    limits = {"weights": 1e-6, "momentum": ONE_CODE_OFF if momentum == torch.bfloat16 else 1e-6, "moment_sums": 1e-6, "bad_matrix": 0}
+    if bad:
+        limits = dict.fromkeys((*start, "bad_matrix"), 0)
+    elif extras:
+        limits |= {"gradient": 0, "weight_squares": 1e-6}
+    return Case(
+        outputs=made,
+        run=run,
+        limits=limits,
+        bytes_moved=count * (12 + 2 * momentum.itemsize + (0 if with_sums else 4)),
+    )
+
+
 CASES = {f"pack_weights {name}": partial(pack, code=code, sums_known=False) for name, code in CODES.items()}
 CASES |= {"pack_weights int8 sums known": partial(pack, code=torch.int8, sums_known=True)}
 CASES |= {f"embed_normalise {name}": partial(embed_normalise, code=code, count=1, stream=torch.float32) for name, code in CODES.items()}
@@ -213,3 +272,9 @@ CASES |= {"embedding_gradient noise rows, bf16 stream": partial(embedding_gradie
 CASES |= {f"head_gradient {name}": partial(head_gradient, code=code) for name, code in CODES.items()}
 CASES |= {"head_gradient int8 in chunks": partial(head_gradient, code=torch.int8, chunk=128)}
 CASES |= {f"head_loss {name}": partial(head_loss, code=code) for name, code in CODES.items()}
+CASES |= {
+    "optimizer_step": partial(optimizer, momentum=torch.float32, with_sums=False, extras=False),
+    "optimizer_step sums given": partial(optimizer, momentum=torch.float32, with_sums=True, extras=False),
+    "optimizer_step bf16 momentum, clears": partial(optimizer, momentum=torch.bfloat16, with_sums=True, extras=True),
+    "optimizer_step not finite": partial(optimizer, momentum=torch.float32, with_sums=False, extras=True, bad=True),
+}
