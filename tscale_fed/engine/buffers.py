@@ -142,7 +142,10 @@ class Buffers:
 
     def _fill(self, buffer: Tensor, values: Tensor, rows: int, rest: int) -> None:
         whole = torch.full(buffer.shape, rest, dtype=buffer.dtype)
-        whole[:rows] = values
+        if values.dim() > 1:
+            whole[:rows, : values.shape[1]] = values  # a batch without noise has one label per position
+        else:
+            whole[:rows] = values
         self._send(buffer, whole)
 
     @staticmethod

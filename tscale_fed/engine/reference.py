@@ -16,7 +16,7 @@ from tscale_fed.device import out_of_memory
 from tscale_fed.engine.interface import StepBatch, not_finite
 from tscale_fed.model.forward import Model
 from tscale_fed.model.parameters import Parameters
-from tscale_fed.optimizer.rule import Optimizer
+from tscale_fed.optimizer.rule import GradientNotFinite, Optimizer
 
 
 class ReferenceEngine:
@@ -45,7 +45,11 @@ class ReferenceEngine:
     def step(self, batch: StepBatch, rate: float) -> float:
         """See `TrainingEngine`. The order of sums is that of the groups, so equal groups give equal bits on a processor."""
         loss = self.accumulate(batch)
-        self.optimizer.step(rate)
+        try:
+            self.optimizer.step(rate)
+        except GradientNotFinite as error:
+            self.parameters.zero_grad()
+            raise not_finite(str(error), batch.step) from error
         return loss
 
     def accumulate(self, batch: StepBatch) -> float:

@@ -15,7 +15,9 @@ from tscale_fed.engine.interface import StepBatch
 from tscale_fed.engine.layout import Sizes
 from tscale_fed.engine.packed import PackedWeights
 from tscale_fed.engine.precision import Precision
+from tscale_fed.model.loss import NO_TARGET
 from tscale_fed.model.shape import ModelShape
+from tscale_kernels.codes import ref_product, vector_scale
 from tscale_kernels.dispatch import BackendName
 from tscale_kernels.head import loss
 
@@ -61,3 +63,11 @@ class Scorer:
             backend=work.backend,
         )  # fmt: skip
         return b.loss_sum
+
+    def logits(self, text: Tensor) -> Tensor:
+        """Natural logits fp32 [B, T, V] of text int64 [B, T] on the CPU: for checks, with all of them in memory at once."""
+        self.loss(text, torch.full_like(text, NO_TARGET))
+        final, state = self._weights.final, self._work.buffers.final_input[: text.numel()]
+        factor = final.units / (vector_scale(state.dtype) * state.shape[1] ** 0.5)
+        logits = ref_product(state, final.codes) * factor + self._work.bias
+        return logits[:, : self._shape.vocab].unflatten(0, text.shape)
