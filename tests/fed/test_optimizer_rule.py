@@ -6,7 +6,8 @@ from golden_cases import State, step_by_definition
 
 from tscale_fed.model.parameters import Parameters
 from tscale_fed.model.shape import ModelShape
-from tscale_fed.optimizer.rule import Optimizer, OptimizerSettings
+from tscale_fed.optimizer.kernel_step import KernelStep
+from tscale_fed.optimizer.rule import ROW_NORMALISED, GradientNotFinite, Optimizer, OptimizerSettings
 
 SHAPE = ModelShape.parse("e128h1d2w8relu2", vocab=9, noise_rows=2)
 
@@ -158,3 +159,42 @@ def test_bad_states_are_refused() -> None:
 def test_bad_settings_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="optimizer"):
         OptimizerSettings(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e30])
+def test_a_gradient_that_is_not_finite_is_named_and_changes_nothing(bad: float) -> None:
+    """1e30 is finite, its square is not."""
+    parameters, optimizer = fresh()
+    fill_gradients(parameters, 0)
+    optimizer.step(0.01)
+    fill_gradients(parameters, 1)
+    parameters.grads["layers.1.gate"][3, 5] = bad
+    before = [t.clone() for t in (parameters.flat, optimizer.momentum, optimizer.moment_sums)]
+    with pytest.raises(GradientNotFinite, match=r"layers\.1\.gate"):
+        optimizer.step(0.01)
+    assert all(torch.equal(a, b) for a, b in zip(before, (parameters.flat, optimizer.momentum, optimizer.moment_sums), strict=True))
+    assert optimizer.own_steps == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_kernel_step_is_the_same_step(device: str) -> None:
+    """On the CPU its reference runs."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    parameters, optimizer = fresh(OptimizerSettings(l2=0.3))
+    kernel = KernelStep(parameters.grads, ROW_NORMALISED, torch.device(device))
+    weights, momentum, sums = (t.detach().clone().to(device) for t in (parameters.flat, optimizer.momentum, optimizer.moment_sums))
+    for t in range(4):
+        fill_gradients(parameters, t)
+        gradient = parameters.flat_grad.clone().to(device)
+        beta, count = optimizer.beta, optimizer.next_count
+        assert kernel.update(weights, momentum, gradient, sums, rate=0.02, beta=beta, count=count, l2=0.3) is None
+        optimizer.step(0.02)
+        assert not gradient.any()
+        torch.testing.assert_close(weights.cpu(), parameters.flat, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(momentum.cpu(), optimizer.momentum, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sums.cpu(), optimizer.moment_sums, rtol=1e-5, atol=0)
+    gradient[parameters.spans["final"][0]] = float("nan")
+    before = weights.clone()
+    assert kernel.update(weights, momentum, gradient, sums, rate=0.02, beta=0.5, count=1.0, l2=0.0) == "final"
+    assert torch.equal(weights, before)

@@ -18,6 +18,9 @@ from typing import Protocol
 
 import torch
 
+from tscale_fed.optimizer.kernel_step import KernelStep
+from tscale_kernels.dispatch import choose
+
 BETA_GAP = 0.5
 """beta = 1 - BETA_GAP / sqrt(1 + t)."""
 
@@ -26,6 +29,14 @@ MOMENTUM_WEIGHT, GRADIENT_WEIGHT = 0.8, 0.2
 
 ROW_NORMALISED = ("embedding", "final")
 """Matrices with one second moment per row: their rows are tokens, which appear at very different rates."""
+
+
+class GradientNotFinite(ArithmeticError):
+    """A step was not taken since the gradient of `matrix` holds infinities or NaN, or its squares overflow."""
+
+    def __init__(self, matrix: str) -> None:
+        super().__init__(f"the gradient of {matrix} is not finite")
+        self.matrix = matrix
 
 
 class TrainedParameters(Protocol):
@@ -81,11 +92,13 @@ class Optimizer:
         self.momentum = torch.zeros_like(parameters.flat)
         self._weights = parameters.flat
         self._gradient = parameters.flat_grad
+        self._grads = parameters.grads
         self._matrices = list(parameters.grads.values())
         self._per_row = [name in ROW_NORMALISED for name in parameters.grads]
         sizes = [g.shape[0] if rows else 1 for g, rows in zip(self._matrices, self._per_row, strict=True)]
         self.moment_sums = torch.zeros(sum(sizes), device=parameters.flat.device, dtype=parameters.flat.dtype)
         self._sizes = sizes
+        self._kernel_step: KernelStep | None = None
 
     @property
     def beta(self) -> float:
@@ -112,9 +125,33 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Update the weights with the gradient at hand and clear the gradient. `rate` comes from `schedule.rate`."""
+        """Update the weights with the gradient at hand and clear the gradient. `rate` comes from `schedule.rate`.
+
+        Raises GradientNotFinite, and then nothing is changed.
+        """
+        use_kernels = self._weights.dtype == torch.float32 and choose(self._weights.device).name == "triton"
+        bad = self._step_by_kernels(rate) if use_kernels else self._step_by_torch(rate)
+        if bad is not None:
+            raise GradientNotFinite(bad)
+        self.count_step()
+
+    def _step_by_kernels(self, rate: float) -> str | None:
+        """The name of the matrix whose gradient is not finite, if any."""
+        if self._kernel_step is None:
+            self._kernel_step = KernelStep(self._grads, ROW_NORMALISED, self._weights.device)
+        return self._kernel_step.update(
+            self._weights, self.momentum, self._gradient, self.moment_sums, rate=rate, beta=self.beta, count=self.next_count,
+            l2=self.settings.l2,
+        )  # fmt: skip
+
+    def _step_by_torch(self, rate: float) -> str | None:
+        """As `_step_by_kernels`."""
         beta, count = self.beta, self.next_count
-        self.moment_sums.mul_(beta).add_(self._mean_squares())
+        mean_squares = self._mean_squares()
+        if not bool(mean_squares.isfinite().all()):
+            parts = mean_squares.split(self._sizes)
+            return next(name for name, part in zip(self._grads, parts, strict=True) if not bool(part.isfinite().all()))
+        self.moment_sums.mul_(beta).add_(mean_squares)
         sums = self.moment_sums
         # The gradient buffer points downhill, the rule uphill: the minus sign is here.
         multipliers = torch.where(sums > 0, -torch.rsqrt(sums / count), 0.0).split(self._sizes)
@@ -124,7 +161,7 @@ class Optimizer:
         self._weights.mul_(1.0 - rate * self.settings.l2)
         self._weights.add_(self.momentum, alpha=rate * MOMENTUM_WEIGHT).add_(self._gradient, alpha=rate * GRADIENT_WEIGHT)
         self._gradient.zero_()
-        self.count_step()
+        return None
 
     @torch.no_grad()
     def scale_momentum(self, keep: float) -> None:
