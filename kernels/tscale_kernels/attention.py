@@ -18,13 +18,17 @@ import torch
 from torch import Tensor
 
 from tscale_kernels import codes
-from tscale_kernels.dispatch import BackendName
+from tscale_kernels.dispatch import BackendName, choose, has_triton
 from tscale_kernels.head_gradient import HEAD_CHANNELS, KEY, heads_of, segment_rms, working_dtype
+from tscale_kernels.launch_table import launch
 
 LOGIT_SCALE = 0.5 / math.sqrt(HEAD_CHANNELS)
 """Natural logit of query . key = 1."""
 PRODUCTS_PER_CHANNEL = 4
 _GATE_BLOCK = HEAD_CHANNELS // PRODUCTS_PER_CHANNEL
+
+LOCAL_WIDTH = 128
+"""Widths up to this one have launch configurations of their own (names ending in _local): one or two key blocks a program."""
 
 _REF_SCORES = 1 << 26
 """Scores (elements) that the reference holds at a time: it goes through fragments in chunks."""
@@ -61,8 +65,7 @@ def ref_products(gate: Tensor, out: Tensor, products: Tensor) -> None:
     dtype = working_dtype(out, products)
     blocks = gate.unflatten(1, (-1, PRODUCTS_PER_CHANNEL, 1, _GATE_BLOCK)).to(dtype)
     pairs = blocks * out.unflatten(1, (-1, 1, PRODUCTS_PER_CHANNEL, _GATE_BLOCK)).to(dtype)
-    scale = codes.vector_scale(products.dtype) / codes.vector_scale(gate.dtype)
-    scaled = pairs.flatten(1) * scale if scale != 1.0 else pairs.flatten(1)
+    scaled = pairs.flatten(1)  # in units of the gate's codes, which are those of products
     products.copy_(codes.encode(scaled, products.dtype) if products.dtype in codes.CODE_DTYPES else scaled)
 
 
@@ -99,6 +102,207 @@ def ref_attend(
         log_sum[:, here] = (peak + total.log2())[..., 0].transpose(0, 1).flatten(1)[:, : here.stop - here.start].to(log_sum.dtype)
     ref_products(gate, out, products)
 
+# -- Triton ------------------------------------------------------------------------------------------------------------
+# One program attends for BQ queries of one head. It visits key blocks that some of them see, and masks those that not all see whole.
+# Logits are kept shifted by slope * (t - first query), so that a slope costs one addition per element.
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+    from tscale_kernels.codes import encode_tile
+    from tscale_kernels.tiles import TRITON_DTYPES, capability, operand, uses_tma
+
+    @triton.jit
+    def program_place(block_count, heads):  # type: ignore[no-untyped-def]
+        """(block, head, fragment) of this program. Late query blocks see most keys and start first."""
+        program = tl.program_id(0)
+        rest = program // block_count
+        return block_count - 1 - program % block_count, rest % heads, rest // heads
+
+    @triton.jit
+    def load_head(x, row, head, heads, rows, ROWS: tl.constexpr, TMA: tl.constexpr):  # type: ignore[no-untyped-def]
+        """[ROWS, 128] of one head from `row` on; rows behind the last one of the matrix are 0."""
+        if TMA:
+            return x.load([row, head * 128])
+        else:
+            o_row = row + tl.arange(0, ROWS)
+            p_tile = x + o_row[:, None].to(tl.int64) * (heads * 128) + head * 128 + tl.arange(0, 128)[None, :]
+            return tl.load(p_tile, mask=(o_row < rows)[:, None], other=0.0)
+
+    @triton.jit
+    def row_mask(position, length, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Which positions lie in the fragment; all, known ahead of time, if EVEN."""
+        if EVEN:
+            return tl.full(position.shape, True, tl.int1)
+        else:
+            return position < length
+
+    @triton.jit
+    def score_tile(a, b):  # type: ignore[no-untyped-def]
+        """a [R, 128] times b [C, 128] transposed, exact for int8 -> fp32 [R, C]."""
+        if a.dtype == tl.int8:
+            return tl.dot(a, b.T, out_dtype=tl.int32).to(tl.float32)
+        else:
+            return tl.dot(a, b.T, out_dtype=tl.float32)
+
+    @triton.jit
+    def sees(o_query, o_key, start, width, DOCUMENTS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Who sees whom, of positions in the fragment that broadcast to a tile; start: of the queries' documents."""
+        seen = (o_key < o_query) & (o_query - o_key <= width)
+        if DOCUMENTS:
+            seen = seen & (o_key >= start)
+        return seen
+
+    @triton.jit
+    def key_ranges(first_query, length, start, width, BQ: tl.constexpr, BKV: tl.constexpr, EDGES: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Keys that a block of queries visits, as (first, end of the window's far edge, end of the unmasked blocks, end): the first and the
+        last of the three ranges need masks. start: of the first query's document."""
+        first = max(start, first_query - width)
+        last = min(first_query + BQ - 1, length - 1)
+        if EDGES == 2:
+            return first, first, first, last
+        inner_end = first + (first_query - first) // BKV * BKV
+        if EDGES == 0:
+            return first, first, inner_end, last
+        edge_end = min(first + tl.cdiv(max(0, first_query + BQ - 1 - width - first), BKV) * BKV, inner_end)
+        return first, edge_end, inner_end, last
+
+    @triton.jit
+    def attend_blocks(  # type: ignore[no-untyped-def]
+        query_tile, peak, total, result, key, value, key_rms, o_query, start, first, last,
+        row, rows, head, heads, first_query, width, slope, logit_scale,
+        BKV: tl.constexpr, MASKED: tl.constexpr, SLOPED: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
+    ):  # fmt: skip
+        """The online softmax over key blocks first, first + BKV, ... below `last` (positions in the fragment that begins at `row`)."""
+        for block in tl.range(first, last, BKV):
+            o_key = block + tl.arange(0, BKV)
+            key_tile = load_head(key, row + block, head, heads, rows, BKV, TMA)
+            factor = tl.load(key_rms + row + o_key, mask=row + o_key < rows, other=0.0) * logit_scale
+            logits = score_tile(query_tile, key_tile) * factor[None, :]
+            if SLOPED:
+                logits += (slope * (o_key - first_query).to(tl.float32))[None, :]
+            if MASKED:
+                seen = sees(o_query[:, None], o_key[None, :], start[:, None], width, DOCUMENTS)
+                logits = tl.where(seen, logits, -float("inf"))
+            new_peak = tl.maximum(peak, tl.max(logits, 1))
+            weights = tl.exp2(logits - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            total = total * shrink + tl.sum(weights, 1)
+            peak = new_peak
+            value_tile = load_head(value, row + block, head, heads, rows, BKV, TMA)
+            if value_tile.dtype != tl.bfloat16:
+                value_tile = value_tile.to(tl.float16)  # e4m3 in the wrong order for fp8 tensor cores; exact in fp16, and quick to make
+            result = tl.dot(weights.to(value_tile.dtype), value_tile, result * shrink[:, None])
+        return peak, total, result
+
+    @triton.jit
+    def small_to_float(x):  # type: ignore[no-untyped-def]
+        """Codes -> fp32. int8 goes through bf16 (exact), for which triton has three fast instructions; int8 to fp32 is a slow one."""
+        if x.dtype == tl.int8:
+            return x.to(tl.bfloat16).to(tl.float32)
+        else:
+            return x.to(tl.float32)
+
+    @triton.jit
+    def store_products(out_tile, gate, products, o_row, m_row, head, heads, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Codes of the outer product of a head's gate and out_tile [R, 128] (fp32, as stored), rows o_row."""
+        o_channel = tl.arange(0, 128)
+        o_gate = o_row[:, None].to(tl.int64) * (heads * 128) + head * 128
+        p_product = products + o_row[:, None].to(tl.int64) * (heads * 512) + head * 512 + o_channel[None, :]
+        for i in tl.static_range(4):
+            gate_tile = small_to_float(tl.load(gate + o_gate + (i * 32 + o_channel % 32)[None, :], mask=m_row[:, None]))
+            tl.store(p_product + i * 128, encode_tile(gate_tile * out_tile, CODE), mask=m_row[:, None])
+
+    @triton.jit
+    def attend_kernel(  # type: ignore[no-untyped-def]
+        query, key, value, key_rms, gate, document_start, out, log_sum, products,
+        rows, tokens, heads, width, slope, logit_scale, value_scale,
+        BQ: tl.constexpr, BKV: tl.constexpr, EDGES: tl.constexpr, SLOPED: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
+        EVEN: tl.constexpr, CODE: tl.constexpr,
+    ):  # fmt: skip
+        """See `attend`. query [BQ, 128], key and value [BKV, 128] descriptors or pointers; EDGES as `edges`, EVEN as `is_even` says."""
+        block, head, fragment = program_place(tl.cdiv(tokens, BQ), heads)
+        row = fragment * tokens
+        length = min(tokens, rows - row)
+        first_query = block * BQ
+        if first_query >= length:
+            return
+        o_query = first_query + tl.arange(0, BQ)
+        o_row, m_row = row + o_query, row_mask(o_query, length, EVEN)
+        start, first_start = tl.zeros((BQ,), tl.int32), 0
+        if DOCUMENTS:
+            start = tl.load(document_start + o_row, mask=m_row, other=0)
+            first_start = tl.load(document_start + row + first_query)
+        first, edge_end, inner_end, last = key_ranges(first_query, length, first_start, width, BQ, BKV, EDGES)
+        query_tile = load_head(query, row + first_query, head, heads, rows, BQ, TMA)
+        shift = slope * (o_query - first_query).to(tl.float32)
+        peak, total, result = shift, tl.full((BQ,), 1.0, tl.float32), tl.zeros((BQ, 128), tl.float32)
+        head_rms = key_rms + head.to(tl.int64) * rows
+        if EDGES == 1:
+            peak, total, result = attend_blocks(
+                query_tile, peak, total, result, key, value, head_rms, o_query, start, first, edge_end,
+                row, rows, head, heads, first_query, width, slope, logit_scale, BKV, True, SLOPED, DOCUMENTS, TMA,
+            )  # fmt: skip
+        if EDGES < 2:
+            peak, total, result = attend_blocks(
+                query_tile, peak, total, result, key, value, head_rms, o_query, start, edge_end, inner_end,
+                row, rows, head, heads, first_query, width, slope, logit_scale, BKV, False, SLOPED, DOCUMENTS, TMA,
+            )  # fmt: skip
+        peak, total, result = attend_blocks(
+            query_tile, peak, total, result, key, value, head_rms, o_query, start, inner_end, last,
+            row, rows, head, heads, first_query, width, slope, logit_scale, BKV, True, SLOPED, DOCUMENTS, TMA,
+        )  # fmt: skip
+        tl.store(log_sum + head.to(tl.int64) * rows + o_row, peak + tl.log2(total) - shift, mask=m_row)
+        out_tile = (result * (value_scale / total)[:, None]).to(tl.bfloat16)
+        p_out = out + o_row[:, None].to(tl.int64) * (heads * 128) + head * 128 + tl.arange(0, 128)[None, :]
+        tl.store(p_out, out_tile, mask=m_row[:, None])
+        # Reading the rows again gives their tile the layout of loads and stores. From the accumulator's, triton would move every gate and
+        # every product through shared memory.
+        tl.debug_barrier()
+        out_tile = tl.load(p_out, mask=m_row[:, None])
+        store_products(out_tile.to(tl.float32), gate, products, o_row, m_row, head, heads, CODE)
+
+
+# -- launch ------------------------------------------------------------------------------------------------------------
+
+
+def edges(tokens: int, width: int, documents: bool, block_queries: int, block_keys: int) -> int:
+    """Where masks are needed besides the diagonal: 0 nowhere, 1 at the far end of the window, 2 everywhere."""
+    if documents or block_queries + block_keys > width < tokens:
+        return 2
+    return 1 if width < tokens else 0
+
+
+def is_even(rows: int, tokens: int, block: int) -> bool:
+    """Whether blocks of this many rows never cross the end of a fragment."""
+    return tokens % block == 0 and rows % tokens == 0
+
+
+def operation(name: str, tokens: int, width: int) -> str:
+    """Row of the launch table: windows much shorter than a fragment have their own."""
+    return f"{name}_local" if width < tokens and width <= LOCAL_WIDTH else name
+
+
+def _launch_attend(
+    query: Tensor, key: Tensor, value: Tensor, rms: Tensor, gate: Tensor, *, tokens: int, width: int, slope: float,
+    document_start: Tensor | None, out: Tensor, log_sum: Tensor, products: Tensor,
+) -> None:  # fmt: skip
+    rows, heads = query.shape[0], query.shape[1] // HEAD_CHANNELS
+    config = launch(operation("attend", tokens, width), capability(query.device), query.dtype)
+    tma, documents = uses_tma(query.device), document_start is not None
+    block_queries, block_keys = config["BQ"], config["BKV"]
+    logit_scale = LOGIT_SCALE / math.log(2.0) / (codes.vector_scale(query.dtype) * codes.vector_scale(key.dtype))
+    grid = (triton.cdiv(tokens, block_queries) * heads * triton.cdiv(rows, tokens),)
+    attend_kernel[grid](
+        operand(query, block_queries, HEAD_CHANNELS, tma), operand(key, block_keys, HEAD_CHANNELS, tma),
+        operand(value, block_keys, HEAD_CHANNELS, tma), rms[KEY * heads :], gate, document_start if documents else rms, out, log_sum,
+        products,
+        rows, tokens, heads, min(width, tokens), slope, logit_scale, 1.0 / codes.vector_scale(value.dtype),
+        EDGES=edges(tokens, width, documents, block_queries, block_keys), SLOPED=slope != 0.0, DOCUMENTS=documents, TMA=tma,
+        EVEN=is_even(rows, tokens, block_queries), CODE=TRITON_DTYPES[products.dtype], **config,
+    )  # fmt: skip
+
 
 # -- run ---------------------------------------------------------------------------------------------------------------
 
@@ -121,12 +325,14 @@ def attend(
 ) -> None:
     """Attention of one layer, and the combiner's input.
 
-    query, key: [M, A] int8, e4m3 or bf16 codes of unit-RMS vectors, rotated. value: [M, A] bf16 or e4m3. gate: [M, A] codes.
+    query, key: [M, A] int8, e4m3 or bf16 codes of unit-RMS vectors, rotated. value: [M, A] bf16 or e4m3. gate: [M, A] codes of the
+    dtype of products.
     rms: fp32 [4H, M], of which the key rows H..2H-1 are read. tokens: T, length of a fragment. width: tokens seen, at least 1.
     slope: base-2 units per token. document_start: int32 [M], position in the fragment where the row's document starts, or None.
     Writes out bf16 [M, A], log_sum fp32 [H, M], products [M, 4A] codes.
     """
-    ref_attend(
+    attend_here = _launch_attend if choose(query.device, backend).name == "triton" else ref_attend
+    attend_here(
         query, key, value, rms, gate, tokens=tokens, width=width, slope=slope, document_start=document_start,
         out=out, log_sum=log_sum, products=products,
     )  # fmt: skip

@@ -14,9 +14,11 @@ import math
 import torch
 from torch import Tensor
 
+from tscale_kernels import codes
 from tscale_kernels.attention import LOGIT_SCALE, ref_products
-from tscale_kernels.dispatch import BackendName
-from tscale_kernels.head_gradient import KEY, heads_of, segment_rms, working_dtype
+from tscale_kernels.dispatch import BackendName, choose, has_triton
+from tscale_kernels.head_gradient import HEAD_CHANNELS, KEY, heads_of, segment_rms, working_dtype
+from tscale_kernels.launch_table import launch
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
@@ -60,6 +62,75 @@ def ref_attend_width1(
     ref_products(gate, out, products)
 
 
+# -- Triton ------------------------------------------------------------------------------------------------------------
+# One program handles BR rows of one head; BR divides 128, so rows need no masks.
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+    from tscale_kernels.attention import small_to_float, store_products
+    from tscale_kernels.tiles import TRITON_DTYPES, capability
+
+    @triton.jit
+    def load_codes(x, o_row, m_row, head, heads):  # type: ignore[no-untyped-def]
+        """Rows o_row [R] of one head as fp32 [R, 128]; 0 where not m_row."""
+        p_tile = x + o_row[:, None].to(tl.int64) * (heads * 128) + head * 128 + tl.arange(0, 128)[None, :]
+        return small_to_float(tl.load(p_tile, mask=m_row[:, None], other=0.0))
+
+    @triton.jit
+    def previous_mask(o_row, tokens, document_start, m_row, DOCUMENTS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """`sees_previous` of rows o_row, and m_row."""
+        start = tl.zeros(o_row.shape, tl.int32)
+        if DOCUMENTS:
+            start = tl.load(document_start + o_row, mask=m_row, other=0)
+        return (o_row % tokens > start) & m_row
+
+    @triton.jit
+    def previous_weight(query_tile, key_tile, head_rms, o_row, m_sees, slope, logit_scale):  # type: ignore[no-untyped-def]
+        """`ref_weight` [R]: query_tile of rows o_row, key_tile of the rows before them."""
+        root = tl.load(head_rms + o_row - 1, mask=m_sees, other=0.0)
+        logit = tl.sum(query_tile * key_tile, axis=1) * (root * logit_scale) - slope
+        return tl.where(m_sees, 1.0 / (1.0 + tl.exp2(-logit)), 0.0)
+
+    @triton.jit
+    def attend_width1_kernel(  # type: ignore[no-untyped-def]
+        query, key, value, key_rms, gate, document_start, out, products, rows, tokens, heads, slope, logit_scale, value_scale,
+        BR: tl.constexpr, DOCUMENTS: tl.constexpr, CODE: tl.constexpr,
+    ):  # fmt: skip
+        """See `attend_width1`."""
+        head = tl.program_id(0) % heads
+        o_row = tl.program_id(0) // heads * BR + tl.arange(0, BR)
+        m_row = tl.full((BR,), True, tl.int1)
+        m_sees = previous_mask(o_row, tokens, document_start, m_row, DOCUMENTS)
+        query_tile = load_codes(query, o_row, m_row, head, heads)
+        key_tile = load_codes(key, o_row - 1, m_sees, head, heads)
+        weight = previous_weight(query_tile, key_tile, key_rms + head.to(tl.int64) * rows, o_row, m_sees, slope, logit_scale)
+        out_tile = (load_codes(value, o_row - 1, m_sees, head, heads) * (weight * value_scale)[:, None]).to(tl.bfloat16)
+        p_out = out + o_row[:, None].to(tl.int64) * (heads * 128) + head * 128 + tl.arange(0, 128)[None, :]
+        tl.store(p_out, out_tile)
+        store_products(out_tile.to(tl.float32), gate, products, o_row, m_row, head, heads, CODE)
+
+
+def logit_scale_of_codes(query: Tensor, key: Tensor) -> float:
+    """Base-2 logit of query code . key code = 1 and an rms of 1."""
+    return LOGIT_SCALE / math.log(2.0) / (codes.vector_scale(query.dtype) * codes.vector_scale(key.dtype))
+
+
+def _launch_attend_width1(
+    query: Tensor, key: Tensor, value: Tensor, rms: Tensor, gate: Tensor, *, tokens: int, slope: float, document_start: Tensor | None,
+    out: Tensor, products: Tensor,
+) -> None:  # fmt: skip
+    rows, heads = query.shape[0], query.shape[1] // HEAD_CHANNELS
+    config = launch("attend_width1", capability(query.device))
+    documents = document_start is not None
+    attend_width1_kernel[(rows // config["BR"] * heads,)](
+        query, key, value, rms[KEY * heads :], gate, document_start if documents else rms, out, products, rows, tokens, heads, slope,
+        logit_scale_of_codes(query, key), 1.0 / codes.vector_scale(value.dtype),
+        DOCUMENTS=documents, CODE=TRITON_DTYPES[products.dtype], **config,
+    )  # fmt: skip
+
+
 # -- run ---------------------------------------------------------------------------------------------------------------
 
 
@@ -78,4 +149,5 @@ def attend_width1(
     backend: BackendName | None = None,
 ) -> None:
     """`attention.attend` for width 1. Shapes and dtypes as there; no log_sum."""
-    ref_attend_width1(query, key, value, rms, gate, tokens=tokens, slope=slope, document_start=document_start, out=out, products=products)
+    attend_here = _launch_attend_width1 if choose(query.device, backend).name == "triton" else ref_attend_width1
+    attend_here(query, key, value, rms, gate, tokens=tokens, slope=slope, document_start=document_start, out=out, products=products)

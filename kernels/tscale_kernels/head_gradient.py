@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tscale_kernels import codes
+from tscale_kernels.dispatch import has_triton
 
 HEAD_CHANNELS = 128
 QUERY, KEY, GATE, VALUE = range(4)
@@ -86,3 +87,52 @@ def ref_store(segment: int, gradient: Tensor, store: SegmentStore) -> None:
     store.row_max.copy_(torch.maximum(store.row_max, (size * store.units[segment]).amax(1)))
     column_max = store.column_max[columns]
     column_max.copy_(torch.maximum(column_max, (size * store.token_weight[:, None]).amax(0)))
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+# Tiles hold rows of one head: o_row [R] are their rows of the matrix, m_row [R] says which of them are wanted.
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def through_normalise(gradient, unit, head_rms, o_row, m_row):  # type: ignore[no-untyped-def]
+        """`ref_through_normalise` of a tile [R, 128]; head_rms points to the head's row of rms."""
+        root = tl.load(head_rms + o_row, mask=m_row, other=0.0)
+        inward = gradient - unit * (tl.sum(unit * gradient, axis=1) * 0.0078125)[:, None]
+        return inward * tl.where(root > 0, 1.0 / root, 0.0)[:, None]
+
+    @triton.jit
+    def rotate_back(gradient, cosine, sine, position, m_row, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """`ref_rotate_back` of a tile [R, 128]; position [R] in the fragment."""
+        p_angle = position[:, None] * 64 + tl.arange(0, 64)[None, :]
+        turn_cosine = tl.load(cosine + p_angle, mask=m_row[:, None], other=1.0)
+        turn_sine = tl.load(sine + p_angle, mask=m_row[:, None], other=0.0)
+        first, second = tl.split(tl.reshape(gradient, (ROWS, 64, 2)))
+        turned = tl.join(first * turn_cosine + second * turn_sine, second * turn_cosine - first * turn_sine)
+        return tl.reshape(turned, (ROWS, 128))
+
+    @triton.jit
+    def size_bits(x):  # type: ignore[no-untyped-def]
+        """|x| of fp32 as int32 bits, which compare as the sizes do; a NaN is larger than all."""
+        return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+    @triton.jit
+    def store_gradient(  # type: ignore[no-untyped-def]
+        gradient, d_projected, row_max, column_max, units, token_weight, first_row, o_row, m_row, segment, head, heads, TMA: tl.constexpr,
+    ):  # fmt: skip
+        """`ref_store` of a tile [R, 128], rows first_row and following. d_projected: a descriptor of such tiles if TMA (all rows are wanted
+        then), else a pointer. row_max and column_max are int32 views."""
+        stored = gradient.to(tl.bfloat16)
+        first_column = (segment * heads + head) * 128
+        column = first_column + tl.arange(0, 128)
+        if TMA:
+            d_projected.store([first_row, first_column], stored)
+        else:
+            tl.store(d_projected + o_row[:, None].to(tl.int64) * (heads * 512) + column[None, :], stored, mask=m_row[:, None])
+        rounded = stored.to(tl.float32)
+        size = tl.max(size_bits(rounded), axis=1).to(tl.float32, bitcast=True) * tl.load(units + segment)
+        tl.atomic_max(row_max + o_row, size.to(tl.int32, bitcast=True), mask=m_row, sem="relaxed")
+        weight = tl.load(token_weight + o_row, mask=m_row, other=0.0)
+        tl.atomic_max(column_max + column, tl.max(size_bits(rounded * weight[:, None]), axis=0), sem="relaxed")

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tscale_kernels import codes
 from tscale_kernels.attention import PRODUCTS_PER_CHANNEL
-from tscale_kernels.dispatch import BackendName
+from tscale_kernels.dispatch import BackendName, choose, has_triton
 from tscale_kernels.head_gradient import (
     GATE,
     HEAD_CHANNELS,
@@ -24,6 +25,7 @@ from tscale_kernels.head_gradient import (
     segment_rms,
     working_dtype,
 )
+from tscale_kernels.launch_table import launch
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
@@ -42,6 +44,102 @@ def ref_products_backward(
         delta.copy_((outs.flatten(2) * d_out.to(dtype).view_as(unit)).sum(2).T)
     d_gate = torch.einsum("thijm,thjm->thim", d_pairs, outs).flatten(2)
     ref_store(GATE, ref_through_normalise(d_gate, unit, segment_rms(rms, GATE)), store)
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+# One program handles BR rows of one head as 4 x 4 tiles of 32 channels: all sums over i and j are within a thread. BR divides 128.
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+    from tscale_kernels.attention import small_to_float
+    from tscale_kernels.head_gradient import size_bits
+    from tscale_kernels.tiles import capability
+
+    @triton.jit
+    def through_gate(p_products, p_gate, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3):  # type: ignore[no-untyped-def]
+        """The tiles of one i: (unit gate, d_gate, the four sums of d_out with the tiles added), all [BR, 32]."""
+        unit = small_to_float(tl.load(p_gate)) * gate_scale
+        pair0 = tl.load(p_products).to(tl.float32)
+        pair1 = tl.load(p_products + 32).to(tl.float32)
+        pair2 = tl.load(p_products + 64).to(tl.float32)
+        pair3 = tl.load(p_products + 96).to(tl.float32)
+        d_gate = pair0 * out0 + pair1 * out1 + pair2 * out2 + pair3 * out3
+        return unit, d_gate, sum0 + pair0 * unit, sum1 + pair1 * unit, sum2 + pair2 * unit, sum3 + pair3 * unit
+
+    @triton.jit
+    def store_d_out(p_d_out, total, out_tile):  # type: ignore[no-untyped-def]
+        """Stores one tile of d_out; its part of delta [BR]."""
+        stored = total.to(tl.bfloat16)
+        tl.store(p_d_out, stored)
+        return tl.sum(out_tile * stored.to(tl.float32), axis=1)
+
+    @triton.jit
+    def store_d_gate(p_d_gate, d_gate, unit, along, inverse_root, weight, column_max):  # type: ignore[no-untyped-def]
+        """Normalise's derivative of one tile, stored; its column maxima are raised; the bits of its largest elements [BR]."""
+        stored = ((d_gate - unit * along[:, None]) * inverse_root[:, None]).to(tl.bfloat16)
+        tl.store(p_d_gate, stored)
+        rounded = stored.to(tl.float32)
+        tl.atomic_max(column_max, tl.max(size_bits(rounded * weight[:, None]), axis=0), sem="relaxed")
+        return tl.max(size_bits(rounded), axis=1)
+
+    @triton.jit
+    def products_backward_kernel(  # type: ignore[no-untyped-def]
+        d_products, gate, out, rms, units, token_weight, d_out, delta, d_projected, row_max, column_max, rows, heads, gate_scale,
+        BR: tl.constexpr, DELTA: tl.constexpr,
+    ):  # fmt: skip
+        """See `products_backward`. row_max and column_max are int32 views."""
+        head = tl.program_id(0) % heads
+        o_row = tl.program_id(0) // heads * BR + tl.arange(0, BR)
+        o_channel = tl.arange(0, 32)
+        o_tile = o_row[:, None].to(tl.int64) * (heads * 128) + head * 128 + o_channel[None, :]
+        p_products = d_products + o_row[:, None].to(tl.int64) * (heads * 512) + head * 512 + o_channel[None, :]
+        out0, out1 = tl.load(out + o_tile).to(tl.float32), tl.load(out + o_tile + 32).to(tl.float32)
+        out2, out3 = tl.load(out + o_tile + 64).to(tl.float32), tl.load(out + o_tile + 96).to(tl.float32)
+        zero = tl.zeros((BR, 32), tl.float32)
+        unit0, d_gate0, sum0, sum1, sum2, sum3 = through_gate(
+            p_products, gate + o_tile, gate_scale, out0, out1, out2, out3, zero, zero, zero, zero
+        )
+        unit1, d_gate1, sum0, sum1, sum2, sum3 = through_gate(
+            p_products + 128, gate + o_tile + 32, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
+        )
+        unit2, d_gate2, sum0, sum1, sum2, sum3 = through_gate(
+            p_products + 256, gate + o_tile + 64, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
+        )
+        unit3, d_gate3, sum0, sum1, sum2, sum3 = through_gate(
+            p_products + 384, gate + o_tile + 96, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
+        )
+        total = store_d_out(d_out + o_tile, sum0, out0) + store_d_out(d_out + o_tile + 32, sum1, out1)
+        total += store_d_out(d_out + o_tile + 64, sum2, out2) + store_d_out(d_out + o_tile + 96, sum3, out3)
+        if DELTA:
+            tl.store(delta + head.to(tl.int64) * rows + o_row, total)
+        along = tl.sum(unit0 * d_gate0 + unit1 * d_gate1 + unit2 * d_gate2 + unit3 * d_gate3, axis=1) * 0.0078125
+        root = tl.load(rms + (2 * heads + head).to(tl.int64) * rows + o_row)
+        inverse_root = tl.where(root > 0, 1.0 / root, 0.0)
+        weight = tl.load(token_weight + o_row)
+        p_d_gate = d_projected + o_row[:, None].to(tl.int64) * (heads * 512) + (2 * heads + head) * 128 + o_channel[None, :]
+        p_column = column_max + (2 * heads + head) * 128 + o_channel
+        size = tl.maximum(
+            store_d_gate(p_d_gate, d_gate0, unit0, along, inverse_root, weight, p_column),
+            store_d_gate(p_d_gate + 32, d_gate1, unit1, along, inverse_root, weight, p_column + 32),
+        )
+        size = tl.maximum(size, store_d_gate(p_d_gate + 64, d_gate2, unit2, along, inverse_root, weight, p_column + 64))
+        size = tl.maximum(size, store_d_gate(p_d_gate + 96, d_gate3, unit3, along, inverse_root, weight, p_column + 96))
+        row_size = size.to(tl.float32, bitcast=True) * tl.load(units + 2)
+        tl.atomic_max(row_max + o_row, row_size.to(tl.int32, bitcast=True), sem="relaxed")
+
+
+def _launch_products_backward(
+    d_products: Tensor, gate: Tensor, out: Tensor, rms: Tensor, *, d_out: Tensor, delta: Tensor | None, store: SegmentStore
+) -> None:
+    rows, heads = gate.shape[0], gate.shape[1] // HEAD_CHANNELS
+    config = launch("products_backward", capability(gate.device))
+    products_backward_kernel[(rows // config["BR"] * heads,)](
+        d_products, gate, out, rms, store.units, store.token_weight, d_out, rms if delta is None else delta, store.d_projected,
+        store.row_max.view(torch.int32), store.column_max.view(torch.int32), rows, heads, 1.0 / codes.vector_scale(gate.dtype),
+        DELTA=delta is not None, **config,
+    )  # fmt: skip
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
@@ -70,4 +168,5 @@ def products_backward(
     row_max fp32 [M] and column_max fp32 [4A] (the caller zeroes them before the first op that writes into d_projected).
     """
     store = SegmentStore(units, token_weight, d_projected, row_max, column_max)
-    ref_products_backward(d_products, gate, out, rms, d_out=d_out, delta=delta, store=store)
+    backward = _launch_products_backward if choose(gate.device, backend).name == "triton" else ref_products_backward
+    backward(d_products, gate, out, rms, d_out=d_out, delta=delta, store=store)
