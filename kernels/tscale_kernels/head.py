@@ -259,8 +259,8 @@ if has_triton():
             tl.store(grad + tl.program_id(1).to(tl.int64) * padded_vocab * width + place, total)
         else:
             scale = factor / error_scale(tl.load(unit), inverse_root)
-            mask = (token < vocab) & (place >= 0)
-            tl.store(grad + place, tl.load(grad + place, mask=mask, other=0.0) + total * scale, mask=mask)
+            # A tile has one program, so the order of atomics does not matter; reading the old values would need too many registers.
+            tl.atomic_add(grad + place, total * scale, mask=(token < vocab) & (place >= 0), sem="relaxed")
 
     @triton.jit
     def join_parts_kernel(  # type: ignore[no-untyped-def]
