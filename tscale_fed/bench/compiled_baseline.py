@@ -85,6 +85,7 @@ class CompiledBaseline:
         self._padded_vocab = -(-shape.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self._bias = torch.full((self._padded_vocab,), MASKED_BIAS, device=device)
         self._bias[: shape.vocab] = bias2.to(device) * math.log(2.0)
+        self._side = torch.cuda.Stream(device) if self._graphs else None
         self._make_buffers(start)
         self.rule = FlatRule(self._matrices, rule or RuleNumbers(), compiled=self._compiled)
         self.rule.refresh_shadows()
@@ -191,7 +192,9 @@ class CompiledBaseline:
                 gradient.add_(leaf.grad)
             leaf.grad = None
 
-        leaf.register_post_accumulate_grad_hook(take)
+        # Autograd accumulates on the stream on which the hook was registered: it must be the one that is captured.
+        with torch.cuda.stream(self._side):
+            leaf.register_post_accumulate_grad_hook(take)
         return leaf
 
     def _load(self, weights: list[Tensor], start: Tensor) -> None:
@@ -222,7 +225,8 @@ class CompiledBaseline:
 
     def _capture(self) -> None:
         """Compile everything on a side stream with rate 0, forget what that did, record the graph."""
-        side = torch.cuda.Stream()
+        side = self._side
+        assert side is not None
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
