@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import re
 import subprocess
 import sys
@@ -43,6 +44,7 @@ SPILLS: dict[tuple[str, int], tuple[int, str]] = {}
 WITHOUT_DESCRIPTORS: dict[str, str] = {}
 """Kernels of matrix-product cases that read operands through pointers on every card, and why."""
 
+FAULT = "  FAULT"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"\b((?:UTC)?[IQHO]G?MMA|UTMALDG|UTMASTG|LDGSTS|LDL|STL)\b")
 _WANTED = {"i8": "I", "f8E4M3FN": "Q", "bf16": "H", "f16": "H"}
@@ -188,7 +190,7 @@ def inspect_kernel(case: str, name: str, kernel: Any, card: int, seconds: float,
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", file.name)
+        code = _tool("nvdisasm", "--print-code", "--no-dataflow", file.name)
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert numbers, f"cuobjdump says no resource usage of {name}: {usage[-300:]}"
     ir = kernel.asm["ttir"]
@@ -204,22 +206,42 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def main() -> int:
+def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="cases modules (all)")
     parser.add_argument("--cards", nargs="*", type=int, default=list(CARDS), choices=CARDS)
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases whose name contains one of the words")
     parser.add_argument("--timed", action="store_true", help="leave out cases that only check odd shapes")
-    options = parser.parse_args()
+    parser.add_argument("--processes", type=int, default=min(4, len(os.sched_getaffinity(0))))
+    parser.add_argument("--part", type=int, default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def run_part(options: argparse.Namespace) -> int:
+    """Cases number part, part + processes, ...; their kernels and faults as lines."""
+    torch.set_num_threads(1)
     seen: set[str] = set()
     faults = 0
-    for name, build in load_cases(options.modules or found_modules(), options.only).items():
+    cases = list(load_cases(options.modules or found_modules(), options.only).items())
+    for name, build in cases[options.part :: options.processes]:
         for result in compile_case(name, build, tuple(options.cards), seen, options.timed):
             wrong = [result] if isinstance(result, str) else result.faults()
             faults += len(wrong)
-            print("\n".join([*([] if isinstance(result, str) else [result.line()]), *(f"  FAULT {fault}" for fault in wrong)]), flush=True)
-    print(f"{len(seen)} kernels, {faults} faults, triton {triton.__version__}")
-    return 1 if faults or not seen else 0
+            print("\n".join([*([] if isinstance(result, str) else [result.line()]), *(f"{FAULT} {fault}" for fault in wrong)]), flush=True)
+    return 1 if faults else 0
+
+
+def main() -> int:
+    options = options_of()
+    if options.part is not None:
+        return run_part(options)
+    command = [sys.executable, __file__, *sys.argv[1:], "--processes", str(options.processes), "--part"]
+    children = [subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, text=True) for part in range(options.processes)]
+    lines = [line for child in children for line in child.communicate()[0].splitlines()]
+    print("\n".join(lines))
+    faults, kernels = (sum(line.startswith(FAULT) is fault for line in lines) for fault in (True, False))
+    print(f"{kernels} kernels, {faults} faults, triton {triton.__version__}")
+    return 1 if any(child.returncode for child in children) or not kernels else 0
 
 
 if __name__ == "__main__":
