@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tscale_fed.engine.buffers import GradientStats
 from tscale_fed.engine.forward import Work, attention_states, ffn_states
-from tscale_fed.engine.gradients import Gradients, MatrixGradient
+from tscale_fed.engine.gradients import MatrixGradient, WeightGradients
 from tscale_fed.model.constants import PREVIOUS_WIDTH
 from tscale_kernels.attention_backward import attend_backward
 from tscale_kernels.attention_backward_width1 import attend_backward_width1
@@ -40,7 +40,7 @@ class BackwardWork:
     """What the backward pass works on."""
 
     forward: Work
-    gradients: Gradients
+    gradients: WeightGradients
     ones: Tensor
     """fp32 [1]: unit of a product whose gradient codes carry the units already."""
     accumulate: bool
@@ -49,21 +49,27 @@ class BackwardWork:
 
 def backward(work: BackwardWork) -> None:
     """Everything after `forward`."""
+    head_stage(work)
+    for layer in reversed(range(work.forward.sizes.depth)):
+        layer_stage(work, layer)
+    embedding_stage(work)
+
+
+def embedding_stage(work: BackwardWork) -> None:
+    """Gradient of the embedding, from dx below the first layer."""
     b, gradients = work.forward.buffers, work.gradients
-    b.stats.zero_()
-    b.dx.zero_()
     if not work.accumulate:
         gradients.embedding.zero_()
-        gradients.final.zero_()
-    _head(work)
-    for layer in reversed(range(work.forward.sizes.depth)):
-        _layer(work, layer)
     embedding_gradient(b.dx, b.labels, b.signs, grad=gradients.embedding, partial=b.embedding_partial, backend=work.forward.backend)
 
 
-def _head(work: BackwardWork) -> None:
+def head_stage(work: BackwardWork) -> None:
     """Loss, gradient of the final layer, and dx with its statistics for the topmost layer."""
     forward, b = work.forward, work.forward.buffers
+    b.stats.zero_()
+    b.dx.zero_()
+    if not work.accumulate:
+        work.gradients.final.zero_()
     depth, backend, final = forward.sizes.depth, forward.backend, forward.weights.final
     d_n = b.gradient(forward.sizes.shape.width)
     loss_and_gradient(
@@ -77,7 +83,8 @@ def _head(work: BackwardWork) -> None:
     column_max(b.dx, token_weight=weight, out=stats.column_max, backend=backend)
 
 
-def _layer(work: BackwardWork, layer: int) -> None:
+def layer_stage(work: BackwardWork, layer: int) -> None:
+    """Everything of one layer, the topmost first: gradients of its matrices, and dx below it."""
     forward, b = work.forward, work.forward.buffers
     new = layer % 2
     stats = b.layer_stats(layer)

@@ -17,13 +17,13 @@ from torch import Tensor
 from tscale_fed.engine.buffers import Buffers
 from tscale_fed.engine.finite import FiniteCheck
 from tscale_fed.engine.forward import Work
-from tscale_fed.engine.gradients import Gradients
+from tscale_fed.engine.gradients import Gradients, WeightGradients
 from tscale_fed.engine.interface import StepBatch, not_finite
 from tscale_fed.engine.memory_plan import choose_plan, smaller
 from tscale_fed.engine.packed import PackedWeights
-from tscale_fed.engine.passes import Passes
+from tscale_fed.engine.passes import Passes, Runner
 from tscale_fed.engine.precision import Precision
-from tscale_fed.engine.update import DeviceUpdate
+from tscale_fed.engine.update import DeviceUpdate, Update
 from tscale_fed.model.parameters import Parameters
 from tscale_fed.model.shape import ModelShape
 from tscale_fed.optimizer.rule import Optimizer
@@ -54,21 +54,25 @@ class Engine:
     ) -> None:
         self.parameters = parameters
         self.optimizer = optimizer
-        shape, device = parameters.shape, parameters.device
+        shape, device = parameters.shape, self.device
         self._doc_start_token = doc_start_token
         self._graphs = device.type == "cuda" if graphs is None else graphs
         self._backend = backend
         self._say = say
         self._bias = padded_bias(shape, bias2, device)
         self.plan = choose_plan(
-            shape, fragments=fragments, tokens=tokens, precision=precision, free_bytes=free_bytes(device),
+            shape, fragments=fragments, tokens=tokens, precision=precision, free_bytes=self._room(),
             kind=plan, micro_batch=micro_batch, stream=stream,
         )  # fmt: skip
         self._weights = PackedWeights(shape, precision.code, device, transposed=True)
-        self._gradients = Gradients(shape, parameters)
-        self._update = DeviceUpdate(shape, parameters, optimizer, self._gradients, backend)
-        self._ready: tuple[Buffers, FiniteCheck, Passes] | None = None
+        self._place()
+        self._ready: tuple[Buffers, FiniteCheck, Runner] | None = None
         say(str(self.plan))
+
+    @property
+    def device(self) -> torch.device:
+        """Where steps are computed."""
+        return self.parameters.device
 
     @property
     def weights(self) -> Tensor:
@@ -96,6 +100,23 @@ class Engine:
             total += self._read(batch, buffers, check, updated=False)
         return total
 
+    # -- where weights and gradient are kept (host_engine.py has another answer) ---------------------------------------
+
+    def _room(self) -> int | None:
+        """Bytes that the memory plan may use."""
+        return free_bytes(self.device)
+
+    def _place(self) -> None:
+        """The gradient, the update, and the embedding as forward passes read it."""
+        shape = self.parameters.shape
+        gradients = Gradients(shape, self.parameters)
+        self._gradients: WeightGradients = gradients
+        self._update: Update = DeviceUpdate(shape, self.parameters, self.optimizer, gradients, self._backend)
+        self._table = self.parameters.views["embedding"].detach()
+
+    def _runner(self, work: Work, check: FiniteCheck) -> Runner:
+        return Passes(work, self._gradients, self.parameters.flat, check, graphs=self._graphs)
+
     # -- inside a step -----------------------------------------------------------------------------------------------
 
     def _run(self, batch: StepBatch) -> tuple[Buffers, FiniteCheck]:
@@ -117,8 +138,8 @@ class Engine:
         """The one point of a step that waits for the device. Raises Refused("loss-not-finite")."""
         bad_matrix = self._update.bad_matrix
         loss_sum, peaks, bad = (each.to("cpu", non_blocking=True) for each in (buffers.loss_sum, check.peaks, bad_matrix))
-        if bad_matrix.is_cuda:
-            torch.cuda.current_stream(bad_matrix.device).synchronize()
+        if buffers.loss_sum.is_cuda:
+            torch.cuda.current_stream(self.device).synchronize()
         loss, stage = float(loss_sum), check.first(peaks)
         verdict = self._update.verdict(int(bad)) if updated else None
         if stage is not None:
@@ -131,7 +152,7 @@ class Engine:
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
-    def _prepared(self, batch: StepBatch) -> tuple[Buffers, FiniteCheck, Passes]:
+    def _prepared(self, batch: StepBatch) -> tuple[Buffers, FiniteCheck, Runner]:
         """Buffers and graphs for this batch, made smaller until they fit. Raises Refused("out-of-memory")."""
         while True:
             try:
@@ -149,16 +170,14 @@ class Engine:
             self._ready = None
             self._shrink()
 
-    def _allocate(self) -> tuple[Buffers, FiniteCheck, Passes]:
-        device = self.parameters.device
-        buffers = Buffers(self.plan.sizes, device)
-        table = self.parameters.views["embedding"].detach()
-        work = Work(self._weights, table, self._bias, buffers, self._doc_start_token is not None, self._backend)
-        check = FiniteCheck(work, device)
-        return buffers, check, Passes(work, self._gradients, self.parameters.flat, check, graphs=self._graphs)
+    def _allocate(self) -> tuple[Buffers, FiniteCheck, Runner]:
+        buffers = Buffers(self.plan.sizes, self.device)
+        work = Work(self._weights, self._table, self._bias, buffers, self._doc_start_token is not None, self._backend)
+        check = FiniteCheck(work, self.device)
+        return buffers, check, self._runner(work, check)
 
     def _shrink(self) -> None:
-        device, before = self.parameters.device, self.plan
+        device, before = self.device, self.plan
         gc.collect()
         torch.cuda.empty_cache()
         plan = smaller(before)

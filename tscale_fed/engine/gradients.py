@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,17 @@ class LayerGradients:
     combiner: MatrixGradient
     ffn_up: MatrixGradient
     ffn_down: MatrixGradient
+
+
+class WeightGradients(Protocol):
+    """What the backward pass writes to."""
+
+    embedding: Tensor
+    """fp32 [rows, E], added to."""
+    final: Tensor
+    """fp32 [V, E], added to."""
+    layers: list[LayerGradients]
+    workspace: Tensor
 
 
 class Gradients:

@@ -6,6 +6,8 @@ for the gradient before the update is launched. The caller reads the flag with t
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,21 @@ from tscale_fed.model.shape import ModelShape
 from tscale_fed.optimizer.rule import Optimizer
 from tscale_kernels.dispatch import BackendName
 from tscale_kernels.optimizer_step import ALL_FINITE, UpdatePlan, optimizer_step, step_scalars
+
+
+class Update(Protocol):
+    """How a step ends."""
+
+    bad_matrix: Tensor
+    """int32 [1]: ALL_FINITE if the update was made."""
+
+    def launch(self, rate: float, peaks: Tensor, loss_sum: Tensor) -> None:
+        """Update unless something is not finite: `peaks` fp32 [n], `loss_sum` fp64 [1] on the device, or a matrix's gradient."""
+        ...
+
+    def verdict(self, bad_matrix: int) -> str | None:
+        """None if the update was made, else which gradient was not finite; `bad_matrix` as read from the device."""
+        ...
 
 
 class DeviceUpdate:
@@ -34,7 +51,6 @@ class DeviceUpdate:
         self.bad_matrix = torch.full((1,), ALL_FINITE, dtype=torch.int32, device=device)
 
     def launch(self, rate: float, peaks: Tensor, loss_sum: Tensor) -> None:
-        """Update unless something is not finite: `peaks` fp32 [n], `loss_sum` fp64 [1] on the device, or a matrix's gradient."""
         optimizer = self._optimizer
         scalars = torch.tensor(step_scalars(rate, optimizer.beta, optimizer.next_count, optimizer.settings.l2))
         self._scalars.copy_(scalars.pin_memory() if self._scalars.is_cuda else scalars, non_blocking=True)
@@ -46,7 +62,6 @@ class DeviceUpdate:
         )  # fmt: skip
 
     def verdict(self, bad_matrix: int) -> str | None:
-        """None if the update was made, else which gradient was not finite; `bad_matrix` as read from the device."""
         if bad_matrix == ALL_FINITE:
             self._optimizer.count_step()
             return None
