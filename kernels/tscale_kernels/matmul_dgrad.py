@@ -6,17 +6,22 @@
     through_norm_add   dx += normalise'(d)                              gradient of the residual stream
     normalise'(d) = (d - y * mean(y d)) / rms   over groups of 128 channels, y = code / vector_scale the stored normalised vector
 The last two also find the maxima that the next quantiser needs (`quantize.py`): row_max[t] over channels of |result| and column_max[k] over
-tokens of |result| * token_weight, of the result as stored, by atomic maxima, which no order changes. A joined projection has its units in
-the row codes already, and takes unit = 1. The sum is exact for int8.
+tokens of |result| * token_weight, before the result is rounded to bf16, by atomic maxima, which no order changes. A joined projection has
+its units in the row codes already, and takes unit = 1. The sum is exact for int8.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from tscale_kernels import tiles
 from tscale_kernels.codes import ref_product, vector_scale
-from tscale_kernels.dispatch import BackendName, choose
+from tscale_kernels.dispatch import BackendName, choose, has_triton
+from tscale_kernels.launch_table import Config, fitted, launch
 
 _GROUP_CHANNELS = 128
 
@@ -34,8 +39,9 @@ def ref_through_relu_norm(
 ) -> None:  # fmt: skip
     """See `through_relu_norm`."""
     d = _ref_gradient(g, row_unit, w_t, unit)
-    out.copy_(ref_through_norm(torch.where(hidden.float() >= 0, d, 0.0), hidden, rms))
-    _ref_maxima(out, token_weight, row_max, column_max)
+    d = ref_through_norm(torch.where(hidden.float() >= 0, d, 0.0), hidden, rms)
+    out.copy_(d)
+    _ref_maxima(d, token_weight, row_max, column_max)
 
 
 def ref_through_norm_add(
@@ -43,9 +49,9 @@ def ref_through_norm_add(
     *, n: Tensor, rms: Tensor, token_weight: Tensor, dx: Tensor, row_max: Tensor, column_max: Tensor,
 ) -> None:  # fmt: skip
     """See `through_norm_add`."""
-    d = ref_through_norm(_ref_gradient(g, row_unit, w_t, unit), n, rms)
-    dx.copy_(dx.float() + d)
-    _ref_maxima(dx, token_weight, row_max, column_max)
+    new = dx.float() + ref_through_norm(_ref_gradient(g, row_unit, w_t, unit), n, rms)
+    dx.copy_(new)
+    _ref_maxima(new, token_weight, row_max, column_max)
 
 
 def _ref_gradient(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor) -> Tensor:
@@ -61,10 +67,165 @@ def ref_through_norm(d: Tensor, codes: Tensor, rms: Tensor) -> Tensor:
     return ((groups - y * along) * inverse).flatten(1)
 
 
-def _ref_maxima(stored: Tensor, token_weight: Tensor, row_max: Tensor, column_max: Tensor) -> None:
-    size = stored.float().abs()
+def _ref_maxima(values: Tensor, token_weight: Tensor, row_max: Tensor, column_max: Tensor) -> None:
+    size = values.abs()
     row_max.copy_(torch.maximum(row_max, size.amax(1)))
     column_max.copy_(torch.maximum(column_max, (size * token_weight[:, None]).amax(0)))
+
+
+# -- Triton ------------------------------------------------------------------------------------------------------------
+# One program per output tile; on an H100 two of them share a processor, so that one multiplies while the other is in its epilogue.
+
+if has_triton():
+    import triton
+    import triton.language as tl
+
+    from tscale_kernels.tiles import load_tile, product_tile, store_tile, tile_position
+
+    @triton.jit
+    def row_scale(row_unit, unit, row, factor, BR: tl.constexpr):  # type: ignore[no-untyped-def]
+        """d / (sum of products of codes), fp32 [BR]."""
+        return tl.load(row_unit + row + tl.arange(0, BR)) * (tl.load(unit) * factor)
+
+    @triton.jit
+    def through_norm_tile(  # type: ignore[no-untyped-def]
+        sums, codes, scale, rms, row, column, rows, code_unit, BR: tl.constexpr, BC: tl.constexpr
+    ):
+        """`ref_through_norm` of d = sums * scale [BR], all fp32; codes are numbers of code_unit, rms a pointer to [K / 128, rows]."""
+        sums = tl.reshape(sums, (BR, BC // 128, 128))
+        codes = tl.reshape(codes, (BR, BC // 128, 128))
+        group = column // 128 + tl.arange(0, BC // 128)
+        root = tl.load(rms + group[None, :] * rows + (row + tl.arange(0, BR))[:, None])
+        scale = tl.where(root == 0, 0.0, tl.div_rn(scale[:, None], root))
+        along = tl.sum(codes * sums, axis=2) * (0.0078125 * code_unit * code_unit) * scale
+        return tl.reshape(sums * scale[:, :, None] - codes * along[:, :, None], (BR, BC))
+
+    @triton.jit
+    def note_maxima(values, token_weight, row_max, column_max, row, column, BR: tl.constexpr, BC: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Raise the maxima (int32 pointers to bits of floats >= 0, which compare as the floats do) to those of an fp32 tile. A row whose
+        group is NaN (one number makes its group so) has the maximum NaN, a column ignores it."""
+        rows = row + tl.arange(0, BR)
+        size = tl.abs(values)
+        tl.atomic_max(row_max + rows, tl.max(size, axis=1).to(tl.int32, bitcast=True), sem="relaxed")
+        weighted = tl.max(size * tl.load(token_weight + rows)[:, None], axis=0)
+        tl.atomic_max(column_max + column + tl.arange(0, BC), weighted.to(tl.int32, bitcast=True), sem="relaxed")
+
+    @triton.jit
+    def to_input_kernel(  # type: ignore[no-untyped-def]
+        g, row_unit, w_t, unit, out, row_tiles, column_tiles, depth, factor,
+        ACC: tl.constexpr, TMA: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """One [BR, BC] tile. g, w_t, out are operands (tiles.py), the rest pointers."""
+        row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
+        row = row_tile * BR
+        column = column_tile * BC
+        sums = product_tile(g, w_t, row, column, 0, depth // BK, depth, depth, BR, BC, BK, ACC, TMA).to(tl.float32)
+        d = sums * row_scale(row_unit, unit, row, factor, BR)[:, None]
+        store_tile(out, row, column, column_tiles * BC, d.to(tl.bfloat16), BR, BC, TMA)
+
+    @triton.jit
+    def through_relu_norm_kernel(  # type: ignore[no-untyped-def]
+        g, row_unit, w_t, unit, hidden, rms, token_weight, out, row_max, column_max,
+        row_tiles, column_tiles, depth, rows, factor, code_unit,
+        ACC: tl.constexpr, TMA: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """One [BR, BC] tile. g, w_t, hidden, out are operands (tiles.py), the rest pointers."""
+        row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
+        row = row_tile * BR
+        column = column_tile * BC
+        width = column_tiles * BC
+        sums = product_tile(g, w_t, row, column, 0, depth // BK, depth, depth, BR, BC, BK, ACC, TMA).to(tl.float32)
+        codes = load_tile(hidden, row, column, width, BR, BC, TMA).to(tl.float32)
+        scale = row_scale(row_unit, unit, row, factor, BR)
+        d = through_norm_tile(tl.where(codes >= 0, sums, 0.0), codes, scale, rms, row, column, rows, code_unit, BR, BC)
+        store_tile(out, row, column, width, d.to(tl.bfloat16), BR, BC, TMA)
+        note_maxima(d, token_weight, row_max, column_max, row, column, BR, BC)
+
+    @triton.jit
+    def through_norm_add_kernel(  # type: ignore[no-untyped-def]
+        g, row_unit, w_t, unit, n, rms, token_weight, dx, row_max, column_max,
+        row_tiles, column_tiles, depth, rows, factor, code_unit,
+        STREAM: tl.constexpr, ACC: tl.constexpr, TMA: tl.constexpr,
+        BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    ):  # fmt: skip
+        """One [BR, BC] tile. g, w_t, n, dx are operands (tiles.py), the rest pointers; STREAM is the dtype of dx."""
+        row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
+        row = row_tile * BR
+        column = column_tile * BC
+        width = column_tiles * BC
+        sums = product_tile(g, w_t, row, column, 0, depth // BK, depth, depth, BR, BC, BK, ACC, TMA).to(tl.float32)
+        codes = load_tile(n, row, column, width, BR, BC, TMA).to(tl.float32)
+        scale = row_scale(row_unit, unit, row, factor, BR)
+        d = through_norm_tile(sums, codes, scale, rms, row, column, rows, code_unit, BR, BC)
+        new = load_tile(dx, row, column, width, BR, BC, TMA).to(tl.float32) + d
+        store_tile(dx, row, column, width, new.to(STREAM), BR, BC, TMA)
+        note_maxima(new, token_weight, row_max, column_max, row, column, BR, BC)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What the launches of the three kernels share."""
+
+    config: Config
+    tma: bool
+    row_tiles: int
+    column_tiles: int
+    depth: int
+    factor: float
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.row_tiles * self.column_tiles,)
+
+    def operands(self, g: Tensor, w_t: Tensor) -> tuple[Any, Any]:
+        rows, columns, depth = self.config["BR"], self.config["BC"], self.config["BK"]
+        return tiles.operand(g, rows, depth, self.tma), tiles.operand(w_t, columns, depth, self.tma)
+
+    def tile(self, x: Tensor) -> Any:
+        """A matrix [M, K] that the epilogue reads or writes."""
+        return tiles.operand(x, self.config["BR"], self.config["BC"], self.tma)
+
+
+def _plan(op: str, g: Tensor, w_t: Tensor) -> _Plan:
+    (rows, depth), columns = g.shape, w_t.shape[0]
+    config = fitted(launch(op, tiles.capability(g.device), g.dtype), BR=rows, BC=columns, BK=depth)
+    return _Plan(config, tiles.uses_tma(g.device), rows // config["BR"], columns // config["BC"], depth, columns**-0.5)
+
+
+def _launch_to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, out: Tensor) -> None:
+    plan = _plan("to_input", g, w_t)
+    codes, weights = plan.operands(g, w_t)
+    to_input_kernel[plan.grid](
+        codes, row_unit, weights, unit, plan.tile(out), plan.row_tiles, plan.column_tiles, plan.depth, plan.factor,
+        ACC=tiles.accumulator(g.dtype), TMA=plan.tma, enable_fp_fusion=False, **plan.config,
+    )  # fmt: skip
+
+
+def _launch_through_relu_norm(
+    g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor,
+    hidden: Tensor, rms: Tensor, token_weight: Tensor, out: Tensor, row_max: Tensor, column_max: Tensor,
+) -> None:  # fmt: skip
+    plan = _plan("through_relu_norm", g, w_t)
+    codes, weights = plan.operands(g, w_t)
+    through_relu_norm_kernel[plan.grid](
+        codes, row_unit, weights, unit, plan.tile(hidden), rms, token_weight, plan.tile(out),
+        row_max.view(torch.int32), column_max.view(torch.int32), plan.row_tiles, plan.column_tiles, plan.depth, g.shape[0], plan.factor,
+        1.0 / vector_scale(hidden.dtype), ACC=tiles.accumulator(g.dtype), TMA=plan.tma, enable_fp_fusion=True, **plan.config,
+    )  # fmt: skip
+
+
+def _launch_through_norm_add(
+    g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor,
+    n: Tensor, rms: Tensor, token_weight: Tensor, dx: Tensor, row_max: Tensor, column_max: Tensor,
+) -> None:  # fmt: skip
+    plan = _plan("through_norm_add", g, w_t)
+    codes, weights = plan.operands(g, w_t)
+    through_norm_add_kernel[plan.grid](
+        codes, row_unit, weights, unit, plan.tile(n), rms, token_weight, plan.tile(dx),
+        row_max.view(torch.int32), column_max.view(torch.int32), plan.row_tiles, plan.column_tiles, plan.depth, g.shape[0], plan.factor,
+        1.0 / vector_scale(n.dtype), STREAM=tiles.TRITON_DTYPES[dx.dtype], ACC=tiles.accumulator(g.dtype), TMA=plan.tma,
+        enable_fp_fusion=True, **plan.config,
+    )  # fmt: skip
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
@@ -72,7 +233,9 @@ def _ref_maxima(stored: Tensor, token_weight: Tensor, row_max: Tensor, column_ma
 
 def to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, *, out: Tensor, backend: BackendName | None = None) -> None:
     """out = d. g: codes [M, N]; row_unit: fp32 [M]; w_t: codes [K, N] of the same dtype; unit: fp32 [1]; out: bf16 [M, K]."""
-    choose(g.device, backend)
+    if choose(g.device, backend).name == "triton":
+        _launch_to_input(g, row_unit, w_t, unit, out)
+        return
     ref_to_input(g, row_unit, w_t, unit, out=out)
 
 
@@ -95,7 +258,9 @@ def through_relu_norm(
     Writes out bf16 [M, K]; raises row_max fp32 [M] and column_max fp32 [K] (zeroed by the caller) to the maxima of out.
     token_weight: fp32 [M].
     """
-    choose(g.device, backend)
+    if choose(g.device, backend).name == "triton":
+        _launch_through_relu_norm(g, row_unit, w_t, unit, hidden, rms, token_weight, out, row_max, column_max)
+        return
     ref_through_relu_norm(
         g, row_unit, w_t, unit, hidden=hidden, rms=rms, token_weight=token_weight, out=out, row_max=row_max, column_max=column_max
     )
@@ -119,5 +284,7 @@ def through_norm_add(
 
     dx: fp32 or bf16 [M, K]. Raises row_max fp32 [M] and column_max fp32 [K] (zeroed by the caller) to the maxima of the new dx.
     """
-    choose(g.device, backend)
+    if choose(g.device, backend).name == "triton":
+        _launch_through_norm_add(g, row_unit, w_t, unit, n, rms, token_weight, dx, row_max, column_max)
+        return
     ref_through_norm_add(g, row_unit, w_t, unit, n=n, rms=rms, token_weight=token_weight, dx=dx, row_max=row_max, column_max=column_max)

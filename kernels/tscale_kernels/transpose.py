@@ -116,13 +116,13 @@ if has_triton():
             return tl.div_rn(maximum, PEAK * scale)
 
     @triton.jit
-    def product_row(column, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    def product_row(column, block):  # type: ignore[no-untyped-def]
         """Canonical row of gate block i = `block` times the attention result's column h*128 + j*32 + m."""
         j = column // 32 % 4
         return column // 128 * 512 + (j ^ block) * 128 + column % 32 * 4 + j
 
     @triton.jit
-    def product_of(gate, out, token_scale, token, column, block: tl.constexpr, N):  # type: ignore[no-untyped-def]
+    def product_of(gate, out, token_scale, token, column, block, N):  # type: ignore[no-untyped-def]
         """fp32 products of gate block `block` and columns `column` of the attention result, times the token's scale."""
         at = token.to(tl.int64) * N
         attended = tl.load(out + at + column).to(tl.float32) * tl.load(token_scale + token)
@@ -151,19 +151,22 @@ if has_triton():
     @triton.jit
     def transpose_products_kernel(  # type: ignore[no-untyped-def]
         gate, out, token_scale, column_max, codes_t, column_unit, M, N, scale,
-        CODE: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr,
+        CODE: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
-        """Program (i, j): the four products of BN columns of the attention result in row tile j."""
+        """Program (i, j): the four products of BN columns of the attention result in row tiles j * STEPS .. + STEPS, one after the other
+        (reading the result four times, from the cache, is cheaper than holding the factors of four columns)."""
         column = tl.program_id(0) * BN + tl.arange(0, BN)
-        token = tl.program_id(1) * BM + tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
-        for block in tl.static_range(4):
+        token = tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
+        first = tl.program_id(1) * STEPS
+        for block in range(4):
             row = product_row(column, block)
             maximum = tl.load(column_max + row)
             if tl.program_id(1) == 0:
                 tl.store(column_unit + row, column_unit_of(maximum, scale, PEAK))
-            product = product_of(gate, out, token_scale, token, column[None, None, :], block, N)
-            scaled = product * factor_of(maximum, PEAK)[None, None, :]
-            store_transposed(scaled, codes_t, row, M, tl.program_id(1) * BM, CODE, BM, BN)
+            factor = factor_of(maximum, PEAK)[None, None, :]
+            for tile in range(first, min(first + STEPS, M // BM)):
+                product = product_of(gate, out, token_scale, tile * BM + token, column[None, None, :], block, N)
+                store_transposed(product * factor, codes_t, row, M, tile * BM, CODE, BM, BN)
 
 
 def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
@@ -188,7 +191,7 @@ def _launch_products(gate: Tensor, out: Tensor, token_scale: Tensor, codes_t: Te
             gate, out, token_scale, column_max.view(torch.int32), columns, row_tiles, enable_fp_fusion=False, **config
         )
     config = fitted(launch("transpose_products", capability, gate.dtype), BM=rows, BN=columns)
-    transpose_products_kernel[(columns // config["BN"], rows // config["BM"])](
+    transpose_products_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
         gate, out, token_scale, column_max, codes_t, column_unit, rows, columns, vector_scale(gate.dtype),
         CODE=tiles.TRITON_DTYPES[gate.dtype], PEAK=_PEAK.get(gate.dtype, 0.0), enable_fp_fusion=False, **config,
     )  # fmt: skip

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from case_protocol import CODES, Case, Setting, Tensors
 from torch import Tensor
 
-from tscale_kernels import balance, quantize, transpose
+from tscale_kernels import balance, matmul_dgrad, quantize, transpose
+from tscale_kernels.codes import gradient_peak, vector_scale, weight_scale
 
 SALT = 2_654_435_769
 
@@ -126,6 +128,112 @@ def transpose_products(setting: Setting, code: torch.dtype) -> Case:
     )
 
 
+# -- data gradients ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backwards:
+    """Operands of a data gradient [rows, columns] that contracts over `depth`, and of its epilogues."""
+
+    g: Tensor
+    row_unit: Tensor
+    w_t: Tensor
+    unit: Tensor
+    normalised: Tensor
+    rms: Tensor
+    token_weight: Tensor
+
+    def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.g, self.row_unit, self.w_t, self.unit
+
+    def exact(self) -> Tensor:
+        """fp64."""
+        factor = self.row_unit.double()[:, None] * self.unit.double() * self.w_t.shape[0] ** -0.5
+        return self.g.double() @ self.w_t.double().T * factor
+
+    def exact_through_norm(self, d: Tensor) -> Tensor:
+        y = (self.normalised.double() / vector_scale(self.normalised.dtype)).unflatten(1, (-1, 128))
+        groups = d.unflatten(1, (-1, 128))
+        root = self.rms.double().T[:, :, None]
+        inverse = torch.where(root == 0, 0.0, 1.0 / root)
+        return ((groups - y * (y * groups).mean(-1, keepdim=True)) * inverse).flatten(1)
+
+
+def backwards(setting: Setting, code: torch.dtype, columns: int, depth: int) -> Backwards:
+    rows = setting.sizes.rows
+    scale = gradient_peak(code) / 4 / weight_scale(code)
+    g, _ = setting.weights(rows, depth, code)  # rows fill the codes, as those of the quantiser do
+    g = (g.float() * scale).to(code)
+    w_t, unit = setting.weights(columns, depth, code)
+    rms = setting.uniform((columns // 128, rows), 0.2, 2.0)
+    rms[0, ::7] = 0
+    return Backwards(
+        g,
+        setting.uniform((rows,), 0.0, 1e-5),
+        w_t,
+        unit,
+        setting.vector_codes(rows, columns, code),
+        rms,
+        setting.uniform((rows,), 1.0, 50.0),
+    )
+
+
+def to_input(setting: Setting, code: torch.dtype) -> Case:
+    rows, depth, columns = setting.sizes.rows, setting.sizes.width, 4 * setting.sizes.attention_width
+    b = backwards(setting, code, columns, depth)
+    return Case(
+        outputs=lambda: {"out": setting.poisoned((rows, columns), torch.bfloat16)},
+        run=lambda out, backend: matmul_dgrad.to_input(*b.product(), out=out["out"], backend=backend),
+        limits={"out": product_limit(code)},
+        exact=lambda: {"out": b.exact()},
+        exact_limits={"out": 4e-3},
+        matmul=(rows, columns, depth),
+        bytes_moved=rows * (depth * code.itemsize + 2 * columns) + columns * depth * code.itemsize,
+    )
+
+
+def through_relu_norm(setting: Setting, code: torch.dtype) -> Case:
+    rows, depth, columns = setting.sizes.rows, setting.sizes.width, setting.sizes.ffn_width
+    b = backwards(setting, code, columns, depth)
+    return Case(
+        outputs=lambda: {
+            "out": setting.poisoned((rows, columns), torch.bfloat16),
+            "row_max": setting.zeros((rows,)),
+            "column_max": setting.zeros((columns,)),
+        },
+        run=lambda out, backend: matmul_dgrad.through_relu_norm(
+            *b.product(), hidden=b.normalised, rms=b.rms, token_weight=b.token_weight, backend=backend, **out
+        ),
+        limits={"out": 1e-3, "row_max": 1e-3, "column_max": 1e-3},
+        exact=lambda: {"out": b.exact_through_norm(torch.where(b.normalised.double() >= 0, b.exact(), 0.0))},
+        exact_limits={"out": 4e-3},
+        matmul=(rows, columns, depth),
+        bytes_moved=rows * (depth * code.itemsize + columns * (2 + code.itemsize)) + columns * depth * code.itemsize,
+    )
+
+
+def through_norm_add(setting: Setting, code: torch.dtype, depth: int, stream: torch.dtype = torch.float32) -> Case:
+    rows, columns = setting.sizes.rows, setting.sizes.width
+    b = backwards(setting, code, columns, depth)
+    dx = setting.gradients(rows, columns, stream)
+    return Case(
+        outputs=lambda: {"dx": dx.clone(), "row_max": setting.zeros((rows,)), "column_max": setting.zeros((columns,))},
+        run=lambda out, backend: matmul_dgrad.through_norm_add(
+            *b.product(), n=b.normalised, rms=b.rms, token_weight=b.token_weight, backend=backend, **out
+        ),
+        limits={name: 1e-3 if stream == torch.bfloat16 else product_limit(code) or 1e-6 for name in ("dx", "row_max", "column_max")},
+        exact=lambda: {"dx": dx.double() + b.exact_through_norm(b.exact())},
+        exact_limits={"dx": 4e-3},
+        matmul=(rows, columns, depth),
+        bytes_moved=rows * (depth * code.itemsize + columns * (2 * stream.itemsize + code.itemsize)) + columns * depth * code.itemsize,
+    )
+
+
+def product_limit(code: torch.dtype) -> float:
+    """int8 sums are exact; sums of fp8 products lose bits in the tensor cores of an H100."""
+    return 0.0 if code == torch.int8 else 3e-3
+
+
 CASES: dict[str, Callable[[Setting], Case]] = {
     "token_weights": token_weights,
     "column_max fp32": partial(column_max, dtype=torch.float32),
@@ -148,6 +256,11 @@ def _add_quantisers(name: str, code: torch.dtype) -> None:
     CASES[f"transpose_scaled {name}"] = partial(transpose_scaled, code=code, relu=False)
     CASES[f"transpose_scaled {name} relu"] = partial(transpose_scaled, code=code, relu=True)
     CASES[f"transpose_products {name}"] = partial(transpose_products, code=code)
+    CASES[f"to_input {name}"] = partial(to_input, code=code)
+    CASES[f"through_relu_norm {name}"] = partial(through_relu_norm, code=code)
+    CASES[f"through_norm_add {name} up"] = lambda setting: through_norm_add(setting, code, setting.sizes.ffn_width)
+    CASES[f"through_norm_add {name} joined"] = lambda setting: through_norm_add(setting, code, 4 * setting.sizes.attention_width)
+    CASES[f"through_norm_add {name} bf16 stream"] = lambda setting: through_norm_add(setting, code, setting.sizes.ffn_width, torch.bfloat16)
     CASES.update({f"rows_and_transpose {name} {what.__name__}": what for what in (stream, up, joined)})
 
 
