@@ -161,8 +161,9 @@ if has_triton():
             low = even.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
             return (odd.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16) | (low & 0xFFFF)
         else:
-            low = encode_tile(even, CODE).to(tl.int8, bitcast=True).to(tl.int16)
-            return (encode_tile(odd, CODE).to(tl.int8, bitcast=True).to(tl.int16) << 8) | (low & 0xFF)
+            low = encode_tile(even, CODE).to(tl.int8, bitcast=True).to(tl.int32)
+            high = encode_tile(odd, CODE).to(tl.int8, bitcast=True).to(tl.int32)
+            return ((high << 8) | (low & 0xFF)).to(tl.int16)
 
     @triton.jit(do_not_specialize=["salt"])
     def rows_and_transpose_kernel(  # type: ignore[no-untyped-def]

@@ -1,0 +1,58 @@
+"""Cases of weight gradients (see case_protocol.py): int8 gives the same bits, fp8 and bf16 sums have another order."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from case_protocol import CODES, Case, Setting, Tensors
+
+from tscale_kernels import matmul_wgrad
+
+LIMIT = {torch.int8: 0.0, torch.float8_e4m3fn: 6e-3, torch.bfloat16: 1e-5}
+"""Of the gradient; sums of e4m3 products have 14 bits, and here are thousands of terms (spec/kernels.md 2: 4e-3 at 24576)."""
+
+
+def weight_gradient(setting: Setting, code: torch.dtype, inputs: int, outputs_: int, *, mapped: bool, accumulate: bool) -> Case:
+    """`inputs`, `outputs_`: 0 for the state width, else a number of attention widths."""
+    s = setting.sizes
+    rows, columns = (s.width if count == 0 else count * s.attention_width for count in (outputs_, inputs))
+    g_t, x_t = setting.vector_codes(rows, s.rows, code), setting.vector_codes(columns, s.rows, code)
+    unit_g, unit_x = setting.normal((rows,)).abs() + 0.1, setting.normal((columns,)).abs() + 0.1
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(rows)).to(setting.device, torch.int32) if mapped else None
+    start = setting.normal((rows, columns)) * 100
+    factor = columns**-0.5
+    count = matmul_wgrad.square_sum_count(rows, columns)
+    workspace = torch.zeros(matmul_wgrad.workspace_size(rows, columns), dtype=torch.int32, device=setting.device)
+
+    def outputs() -> Tensors:
+        grad = start.clone() if accumulate else setting.poisoned((rows, columns), torch.float32)
+        return {"grad": grad, "square_sums": setting.poisoned((count,), torch.float32), "workspace": workspace}
+
+    def exact() -> Tensors:
+        result = (g_t.double() @ x_t.double().T) * unit_g.double()[:, None] * unit_x.double() * factor
+        grad = torch.empty_like(result)
+        grad[slice(None) if order is None else order.long()] = result
+        return {"grad": grad + (start.double() if accumulate else 0.0)}
+
+    return Case(
+        outputs=outputs,
+        run=lambda out, backend: matmul_wgrad.weight_gradient(
+            g_t, x_t, unit_g, unit_x, factor=factor, row_map=order, accumulate=accumulate, **out, backend=backend
+        ),
+        limits={"grad": LIMIT[code], "square_sums": 1e-6 + 2 * LIMIT[code], "workspace": 0},
+        exact=exact,
+        exact_limits={"grad": 1e-6 + LIMIT[code]},
+        matmul=(rows, columns, s.rows),
+        bytes_moved=sum(x.numel() * x.element_size() for x in (g_t, x_t, start)),
+    )
+
+
+CASES = {}
+for _name, _code in CODES.items():
+    CASES[f"weight_gradient projection {_name}"] = partial(
+        weight_gradient, code=_code, inputs=0, outputs_=4, mapped=True, accumulate=False
+    )
+    CASES[f"weight_gradient combiner {_name}"] = partial(weight_gradient, code=_code, inputs=4, outputs_=0, mapped=False, accumulate=True)
+    CASES[f"weight_gradient ffn_up {_name}"] = partial(weight_gradient, code=_code, inputs=0, outputs_=1, mapped=False, accumulate=False)
+    CASES[f"weight_gradient ffn_down {_name}"] = partial(weight_gradient, code=_code, inputs=1, outputs_=0, mapped=False, accumulate=True)
