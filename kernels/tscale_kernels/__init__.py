@@ -3,6 +3,11 @@
 Map of the room, in reading order:
     limits.py         the numbers of the room: code widths, the largest step, block sizes
     dispatch.py       which backend runs an operation ("ref" or "triton"), and why
+    flat_blocks.py    blocks of a flat buffer, and sums of squares that are the same on every machine
+    pack_weights.py   fp32 weights of a whole model to codes, transposed codes and units (pack_plan.py: its tables)
+    embedding.py      labels to the start state and its codes; the gradient of the embedding
+    head.py           final layer, loss and their gradients without stored logits
+    optimizer_step.py second moments, momentum and weights in one pass (update_plan.py: its tables)
     delta_onebit.py   one-bit deltas: encode a displacement, add a decoded delta to an integer basepoint, on an exact grid
     testing.py        error measure, shapes that break kernels, bit-exact comparison
 
