@@ -1,4 +1,5 @@
-"""Cases of weight gradients (see case_protocol.py): int8 gives the same bits, fp8 and bf16 sums have another order."""
+"""Cases of weight gradients and of the final normalisation's derivative (see case_protocol.py): int8 gives the same bits, fp8 and bf16 sums
+have another order."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from functools import partial
 import torch
 from case_protocol import CODES, Case, Setting, Tensors
 
-from tscale_kernels import matmul_wgrad
+from tscale_kernels import matmul_wgrad, norm_backward
 
 LIMIT = {torch.int8: 0.0, torch.float8_e4m3fn: 6e-3, torch.bfloat16: 1e-5}
 """Of the gradient; sums of e4m3 products have 14 bits, and here are thousands of terms (spec/kernels.md 2: 4e-3 at 24576)."""
@@ -48,6 +49,21 @@ def weight_gradient(setting: Setting, code: torch.dtype, inputs: int, outputs_: 
     )
 
 
+def through_norm_add_rows(setting: Setting, code: torch.dtype, given: torch.dtype, stream: torch.dtype) -> Case:
+    s = setting.sizes
+    n = setting.vector_codes(s.rows, s.width, code)
+    d_n = setting.normal((s.rows, s.width)).to(given)
+    rms = setting.normal((s.width // 128, s.rows)).abs() + 0.5
+    rms[:, 3] = 0.0
+    start = setting.normal((s.rows, s.width)).to(stream)
+    return Case(
+        outputs=lambda: {"dx": start.clone(), "row_max": setting.poisoned((s.rows,), torch.float32)},
+        run=lambda out, backend: norm_backward.through_norm_add_rows(d_n, n=n, rms=rms, **out, backend=backend),
+        limits={"dx": 1e-6 if stream == torch.float32 else 5e-3, "row_max": 1e-6 if stream == torch.float32 else 1e-2},
+        bytes_moved=sum(x.numel() * x.element_size() for x in (n, d_n, start, start)),
+    )
+
+
 CASES = {}
 for _name, _code in CODES.items():
     CASES[f"weight_gradient projection {_name}"] = partial(
@@ -56,3 +72,8 @@ for _name, _code in CODES.items():
     CASES[f"weight_gradient combiner {_name}"] = partial(weight_gradient, code=_code, inputs=4, outputs_=0, mapped=False, accumulate=True)
     CASES[f"weight_gradient ffn_up {_name}"] = partial(weight_gradient, code=_code, inputs=0, outputs_=1, mapped=False, accumulate=False)
     CASES[f"weight_gradient ffn_down {_name}"] = partial(weight_gradient, code=_code, inputs=1, outputs_=0, mapped=False, accumulate=True)
+for _name, _code in CODES.items():
+    CASES[f"through_norm_add_rows {_name}"] = partial(through_norm_add_rows, code=_code, given=torch.bfloat16, stream=torch.float32)
+CASES["through_norm_add_rows bf16 stream"] = partial(
+    through_norm_add_rows, code=torch.int8, given=torch.float32, stream=torch.bfloat16
+)
