@@ -17,8 +17,8 @@ from tscale_fed.data.importer import Progress, import_text
 from tscale_fed.data.token_data import TokenData
 from tscale_fed.data.tokenizer import load_tokenizer
 from tscale_fed.device import Device, out_of_memory
-from tscale_fed.engine.engine import Engine
 from tscale_fed.engine.interface import TrainingEngine
+from tscale_fed.engine.place import make_engine
 from tscale_fed.engine.reference import ReferenceEngine
 from tscale_fed.evaluate import Evaluator
 from tscale_fed.model.forward import Model
@@ -94,10 +94,9 @@ def build_trainer(
     Raises Refused: "bad-shape", "bad-config", "out-of-memory".
     """
     shape = model_shape(recipe, data.vocab)
+    settings = optimizer_settings(recipe.optimizer)
     try:
-        parameters = Parameters(shape, device.torch_device).load(weights)
-        optimizer = Optimizer(parameters, optimizer_settings(recipe.optimizer))
-        engine = _engine(recipe, data, device, parameters, optimizer, say)
+        engine = _engine(recipe, data, device, shape, weights, settings, say)
     except torch.OutOfMemoryError as error:
         what = f"a model of {shape.trained_parameters / 1e6:.0f} million weights and its optimizer"
         raise out_of_memory(device.torch_device, what) from error
@@ -105,16 +104,25 @@ def build_trainer(
 
 
 def _engine(
-    recipe: Recipe, data: TokenData, device: Device, parameters: Parameters, optimizer: Optimizer, say: Callable[[str], None]
+    recipe: Recipe,
+    data: TokenData,
+    device: Device,
+    shape: ModelShape,
+    weights: torch.Tensor,
+    settings: OptimizerSettings,
+    say: Callable[[str], None],
 ) -> TrainingEngine:
     """The engine over the kernels, or the autograd model where there are none."""
     batch, micro_batch, bias2 = recipe.batch, device.settings.micro_batch, unigram_bias(torch.from_numpy(data.unigram_counts))
     if device.precision.kernels:
-        return Engine(
-            parameters, optimizer, bias2, precision=device.precision, fragments=batch.fragments * batch.accumulate, tokens=batch.length,
-            doc_start_token=data.doc_start_token, micro_batch=micro_batch, say=say,
+        return make_engine(
+            shape, weights, bias2, device=device.torch_device, precision=device.precision, settings=settings,
+            fragments=batch.fragments * batch.accumulate, tokens=batch.length, doc_start_token=data.doc_start_token,
+            optimizer_memory=device.settings.optimizer_memory, micro_batch=micro_batch, say=say,
         )  # fmt: skip
-    model = Model(parameters.shape, parameters, bias2, compute_dtype=device.precision.compute)
+    parameters = Parameters(shape, device.torch_device).load(weights)
+    optimizer = Optimizer(parameters, settings)
+    model = Model(shape, parameters, bias2, compute_dtype=device.precision.compute)
     fragments = micro_batch or batch.fragments
     return ReferenceEngine(model, optimizer, fragments=fragments, doc_start_token=data.doc_start_token, say=say)
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from tscale_fed.engine.engine import Engine
+from tscale_fed.engine.place import make_engine
 from tscale_fed.engine.precision import choose_precision
-from tscale_fed.model.parameters import Parameters
 from tscale_fed.model.shape import ModelShape
-from tscale_fed.optimizer.rule import Optimizer, OptimizerSettings
+from tscale_fed.optimizer.rule import OptimizerSettings
 from tscale_kernels.dispatch import BackendName
 
 
@@ -30,6 +30,7 @@ def build_engine(
     micro_batch: int = 0,
     plan: str = "auto",
     stream: torch.dtype = torch.float32,
+    optimizer_place: str = "device",
     graphs: bool | None = None,
     backend: BackendName | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -43,6 +44,7 @@ def build_engine(
     doc_start_token  token that attention does not look across; None = documents are not told apart
     plan       auto, keep (saved states of all layers) or recompute (only layer inputs)
     stream     dtype of the state and of its gradient between layers: float32, or bfloat16 for measuring
+    optimizer_place  device, host (weights and momentum in the machine's memory: host_memory.py) or auto
     graphs     CUDA graphs; None = on CUDA
     backend    forces "ref" or "triton" for all operations (the interpreter: "triton" on the CPU with TRITON_INTERPRET=1)
     say        gets one line about the memory plan, and one if memory runs out
@@ -53,9 +55,8 @@ def build_engine(
     """
     where = torch.device(device)
     chosen, _ = choose_precision(where, precision, attention)
-    parameters = Parameters(shape, where).load(weights)
-    optimizer = Optimizer(parameters, settings or OptimizerSettings())
-    return Engine(
-        parameters, optimizer, bias2, precision=chosen, fragments=fragments, tokens=tokens, doc_start_token=doc_start_token,
-        micro_batch=micro_batch, plan=plan, stream=stream, graphs=graphs, backend=backend, say=say,
+    return make_engine(
+        shape, weights, bias2, device=where, precision=chosen, settings=settings or OptimizerSettings(), fragments=fragments, tokens=tokens,
+        doc_start_token=doc_start_token, optimizer_memory=optimizer_place, micro_batch=micro_batch, plan=plan, stream=stream, graphs=graphs,
+        backend=backend, say=say,
     )  # fmt: skip
