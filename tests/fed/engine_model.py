@@ -1,8 +1,8 @@
 """What the engine's gradients are checked against: the model in fp64 autograd with the engine's roundings in its forward pass.
 
 Every rounding is straight-through (its value is rounded, its derivative is 1), as in the engine, so a comparison with the engine shows the
-error of the backward arithmetic alone. Against the model without roundings, forward rounding adds to it: by far most of it in ffn_up, where a
-value beside zero can be taken to be on the wrong side of relu.
+error of the backward arithmetic alone. Against the model without roundings, forward rounding adds to it: by far most of it in ffn_up, where
+a value beside zero can be taken to be on the wrong side of relu.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole steps of the engine on the processor: against the reference, split in micro-batches, with too little memory, with broken numbers."""
+"""Whole steps of the engine on the processor: against the reference, in micro-batches, with too little memory, with broken numbers."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_no_memory_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Buffers, "__init__", full)
     with pytest.raises(Refused) as caught:
         engine().accumulate(batch_of(0))
-    assert caught.value.code == "out-of-memory" and "one fragment of 64 tokens" in caught.value.detail
+    assert caught.value.code == "out-of-memory" and "one fragment of 32 tokens" in caught.value.detail
 
 
 def test_other_errors_are_not_taken_for_full_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def _smallest(sizes: Sizes, free_bytes: int) -> Sizes:
     needed = engine_bytes(sizes)
     if needed > free_bytes:
         what = f"one fragment of {sizes.tokens} tokens needs {_gigabytes(needed)} beside the weights, {_gigabytes(free_bytes)} are free"
-        raise Refused("out-of-memory", f"not enough GPU memory: {what}; free the GPU, or take shorter fragments (length in [batch]) or a smaller model")
+        raise Refused("out-of-memory", f"{what}: free the GPU, or take shorter fragments (length in [batch]) or a smaller model")
     return sizes
 
 
