@@ -1,8 +1,9 @@
 """Codes: how a value is stored in 8 bits (or bf16), for normalised vectors, weights and gradients.
 
 A code is a number of a code dtype: int8, float8_e4m3fn or bfloat16. Vectors of unit RMS are stored times `vector_scale` (int8 clips at 5.3
-standard deviations), weights in units of (RMS of the matrix / `weight_scale`), gradients in units of (largest of the row / `gradient_peak`).
-Rounding is to nearest even and saturates; int8 gradients are rounded with dither instead (`dither.py`). (Source: spec/model.md 8.1 to 8.6.)
+standard deviations), weights in units of (RMS of the matrix / `weight_scale`), gradients in units of (largest of the row /
+`gradient_peak`). Rounding is to nearest even and saturates; int8 gradients are rounded with dither instead (`dither.py`).
+(Source: spec/model.md 8.1 to 8.6.)
 
 Products of int8 codes are sums of integers: every backend, tile shape and order gives the same int32.
 """

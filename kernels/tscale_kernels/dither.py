@@ -1,8 +1,8 @@
 """Dither: noise in [0, 1) from a counter hash, the same bits in torch, in Triton and in its interpreter.
 
     noise(i, seed) = (hash(i XOR seed) >> 8) * 2**-24,   hash = a Weyl multiplication and the lowbias32 finaliser (Wellons 2018)
-A dithered rounding floor(v + noise) has mean v. `i` is the position of the element in its matrix (row * columns + column, below 2**31); every
-use within a step has its own salt, and `mixed_seed` spreads (step seed, salt) over 32 bits, so no two matrices share a noise field.
+A dithered rounding floor(v + noise) has mean v. `i` is the position of the element in its matrix (row * columns + column, below 2**31);
+every use within a step has its own salt, and `mixed_seed` spreads (step seed, salt) over 32 bits, so no two matrices share a noise field.
 Never `tl.rand`: its generator spills registers (spec/kernels.md 2).
 """
 

@@ -174,7 +174,7 @@ if has_triton():
         place = row + tl.arange(0, BR)
         statistics += column_tile.to(tl.int64) * rows
         tl.store(statistics + place, peak)
-        tl.store(statistics + column_tiles.to(tl.int64) * rows + place, total)
+        tl.store(statistics + column_tiles * rows + place, total)
         within = tl.load(target + place).to(tl.int32) - column
         here = (within >= 0) & (within < BC)
         value = tl.sum(tl.where(within[:, None] == tl.arange(0, BC)[None, :], logits, 0.0), axis=1)
@@ -193,7 +193,7 @@ if has_triton():
             mask = (tile < column_tiles)[:, None] & (row < rows)[None, :]
             place = tile[:, None].to(tl.int64) * rows + row[None, :]
             peaks = tl.load(statistics + place, mask=mask, other=-float("inf"))
-            sums = tl.load(statistics + column_tiles.to(tl.int64) * rows + place, mask=mask, other=0.0)
+            sums = tl.load(statistics + column_tiles * rows + place, mask=mask, other=0.0)
             higher = tl.maximum(peak, tl.max(peaks, axis=0))
             total = total * tl.exp2(peak - higher) + tl.sum(sums * tl.exp2(peaks - higher[None, :]), axis=0)
             peak = higher
