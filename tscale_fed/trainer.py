@@ -74,6 +74,8 @@ class Trainer:
         self._told_batches = 0
         self._told_at_step = 0
         self._averaged_steps = 0
+        self._drawn: StepBatch | None = None
+        """The batch of the coming step, if it was drawn while a GPU was busy with the last one."""
         self._clock = clock
 
     @property
@@ -112,10 +114,11 @@ class Trainer:
         Raises Refused, before any weight is touched: "loss-not-finite", or "out-of-memory" on a full GPU.
         """
         started = self._clock.now()
-        batch = self._batch()
+        drawn, self._drawn = self._drawn, None
+        batch = drawn if drawn is not None and drawn.step == self.steps else self._batch(self.steps)
         tokens = batch.targets
         used_rate = self.rate
-        loss = self.engine.step(batch, used_rate) / tokens
+        loss = self.engine.step(batch, used_rate, self._draw_next) / tokens
         self.steps += 1
         self.tokens += tokens
         self._average(loss)
@@ -177,21 +180,28 @@ class Trainer:
 
     # -- inside a step -----------------------------------------------------------------------------------------------
 
-    def _batch(self) -> StepBatch:
-        """The text of the coming step, with its token drops and noise."""
+    def _draw_next(self) -> None:
+        """What cannot be drawn is drawn again, and then refused, when its step comes."""
+        try:
+            self._drawn = self._batch(self.steps + 1)
+        except (Refused, OSError):
+            self._drawn = None
+
+    def _batch(self, step: int) -> StepBatch:
+        """The text of a step, `step` own steps done before, with its token drops and noise."""
         section, shape = self.recipe.batch, self.engine.parameters.shape
-        text, target = self.data.batch(self.recipe.seed, self.peer_id, self.steps, section.fragments * section.accumulate, section.length)
-        seed = self._noise_seed()
+        text, target = self.data.batch(self.recipe.seed, self.peer_id, step, section.fragments * section.accumulate, section.length)
+        seed = self._noise_seed(step)
         generator = torch.Generator().manual_seed(seed)
         drop = self.recipe.model.token_drop
         keep = draw_token_keep(text, 1.0 - drop, generator) if drop else None
         noise = generator if self.recipe.model.noise_rows else None
-        return StepBatch.make(shape, text, target, token_keep=keep, noise=noise, step=self.steps, seed=seed)
+        return StepBatch.make(shape, text, target, token_keep=keep, noise=noise, step=step, seed=seed)
 
-    def _noise_seed(self) -> int:
-        """Of token drops and input noise of the coming step (drawn on the CPU, so that every device has the same) and of rounding."""
+    def _noise_seed(self, step: int) -> int:
+        """Of token drops and input noise of a step (drawn on the CPU, so that every device has the same) and of rounding."""
         # The peer id comes last and numbers hold no bar, so no two different triples give one string.
-        name = f"{NOISE_DOMAIN}|{self.recipe.seed}|{self.steps}|{self.peer_id}".encode()
+        name = f"{NOISE_DOMAIN}|{self.recipe.seed}|{step}|{self.peer_id}".encode()
         return int.from_bytes(blake3(name).digest(SEED_BYTES), "little") & SEED_MASK
 
     def _average(self, loss: float) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from tscale_fed.engine.buffers import Buffers
 from tscale_fed.engine.finite import FiniteCheck
 from tscale_fed.engine.forward import Work
 from tscale_fed.engine.gradients import Gradients, WeightGradients
-from tscale_fed.engine.interface import StepBatch, not_finite
+from tscale_fed.engine.interface import StepBatch, not_finite, nothing
 from tscale_fed.engine.memory_plan import choose_plan, smaller
 from tscale_fed.engine.packed import PackedWeights
 from tscale_fed.engine.passes import Passes, Runner
@@ -79,26 +81,30 @@ class Engine:
         """fp32 [parameters], live: change them in place between steps."""
         return self.parameters.flat
 
-    def step(self, batch: StepBatch, rate: float) -> float:
+    def step(self, batch: StepBatch, rate: float, meanwhile: Callable[[], None] = nothing) -> float:
         """See `TrainingEngine`."""
-        buffers, check = self._run(batch)
-        self._update.launch(rate, check.peaks, buffers.loss_sum)
-        return self._read(batch, buffers, check, updated=True)
+        with on_device(self.device):
+            buffers, check = self._run(batch)
+            self._update.launch(rate, check.peaks, buffers.loss_sum)
+            meanwhile()
+            return self._read(batch, buffers, check, updated=True)
 
     def accumulate(self, batch: StepBatch) -> float:
         """Loss sum in nats of the batch; its gradient is in `parameters.flat_grad` until the next call. Raises as `step` does."""
-        buffers, check = self._run(batch)
-        return self._read(batch, buffers, check, updated=False)
+        with on_device(self.device):
+            buffers, check = self._run(batch)
+            return self._read(batch, buffers, check, updated=False)
 
     def loss(self, batch: StepBatch) -> float:
         """Loss sum in nats of the batch, without a gradient. Raises as `step` does."""
-        total = 0.0
-        for part in self._parts(batch):
+        with on_device(self.device):
             buffers, check, passes = self._prepared(batch)
-            buffers.load(part, 0, self._doc_start_token)
-            passes.score()
-            total += self._read(batch, buffers, check, updated=False)
-        return total
+            total = 0.0
+            for part in self._parts(batch):
+                buffers.load(part, 0, self._doc_start_token)
+                passes.score()
+                total += self._read(batch, buffers, check, updated=False)
+            return total
 
     # -- where weights and gradient are kept (host_engine.py has another answer) ---------------------------------------
 
@@ -193,6 +199,11 @@ def padded_bias(shape: ModelShape, bias2: Tensor | None, device: torch.device) -
     bias = torch.full((-(-shape.vocab // 128) * 128,), PADDING_BIAS)
     bias[: shape.vocab] = 0.0 if bias2 is None else bias2.float().cpu() * math.log(2.0)
     return bias.to(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, `device` is the current GPU of this thread: Triton launches on that one. Nothing on a processor."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -6,6 +6,7 @@ through the device at once is the engine's own business: any split gives the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -64,6 +65,10 @@ class StepBatch(NamedTuple):
         return self._replace(text=self.text[start:stop], target=self.target[start:stop], labels=self.labels[start:stop])
 
 
+def nothing() -> None:
+    """What there is to do while the device computes, if nothing."""
+
+
 class TrainingEngine(Protocol):
     """One model on one device. Not thread-safe: one thread calls it. The weights may be changed in place between two steps."""
 
@@ -73,9 +78,10 @@ class TrainingEngine(Protocol):
     @property
     def optimizer(self) -> Optimizer: ...
 
-    def step(self, batch: StepBatch, rate: float) -> float:
+    def step(self, batch: StepBatch, rate: float, meanwhile: Callable[[], None] = nothing) -> float:
         """One step: the loss sum in nats of the batch at the present weights, whose gradient then changes them.
 
+        `meanwhile` may be called while the device computes, for work that would keep it waiting otherwise (drawing the next batch).
         Raises Refused with weights and optimizer unchanged: "loss-not-finite" with step, layer and operation, "out-of-memory" if not even
         one fragment fits.
         """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tscale_fed.device import out_of_memory
-from tscale_fed.engine.interface import StepBatch, not_finite
+from tscale_fed.engine.interface import StepBatch, not_finite, nothing
 from tscale_fed.model.forward import Model
 from tscale_fed.model.parameters import Parameters
 from tscale_fed.optimizer.rule import GradientNotFinite, Optimizer
@@ -42,8 +42,8 @@ class ReferenceEngine:
     def parameters(self) -> Parameters:
         return self.model.parameter_store
 
-    def step(self, batch: StepBatch, rate: float) -> float:
-        """See `TrainingEngine`. The order of sums is that of the groups, so equal groups give equal bits on a processor."""
+    def step(self, batch: StepBatch, rate: float, meanwhile: Callable[[], None] = nothing) -> float:
+        """See `TrainingEngine`; `meanwhile` is not called. Equal groups give equal bits on a processor."""
         loss = self.accumulate(batch)
         try:
             self.optimizer.step(rate)

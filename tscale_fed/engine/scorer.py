@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tscale_fed.engine.buffers import Buffers
-from tscale_fed.engine.engine import padded_bias
+from tscale_fed.engine.engine import on_device, padded_bias
 from tscale_fed.engine.forward import Work, forward
 from tscale_fed.engine.interface import StepBatch
 from tscale_fed.engine.layout import Sizes
@@ -48,20 +48,22 @@ class Scorer:
         """Take `weights`, float [parameters] on any device, for the following losses. Raises ValueError if they are of another model."""
         if weights.shape != (self._shape.trained_parameters,):
             raise ValueError(f"weights of {weights.numel()} elements do not fit model {self._shape.dims}")
-        flat = weights.detach().to(self._table.device, torch.float32)
-        self._weights.pack(flat, self._work.backend)
-        self._table.copy_(flat[: self._table.numel()].view_as(self._table))
+        with on_device(self._table.device):
+            flat = weights.detach().to(self._table.device, torch.float32)
+            self._weights.pack(flat, self._work.backend)
+            self._table.copy_(flat[: self._table.numel()].view_as(self._table))
 
     def loss(self, text: Tensor, target: Tensor) -> Tensor:
         """Loss sum in nats of text and target int64 [B, T] on the CPU: fp64 [1] on the device, overwritten by the next call."""
         b, work, final = self._work.buffers, self._work, self._weights.final
-        b.load(StepBatch.make(self._shape, text, target), 0, self._doc_start_token)
-        b.loss_sum.zero_()
-        forward(work)
-        loss(
-            b.final_input, final.codes, final.units, work.bias, b.target, losses=b.losses, loss_sum=b.loss_sum, scratch=b.head,
-            backend=work.backend,
-        )  # fmt: skip
+        with on_device(self._table.device):
+            b.load(StepBatch.make(self._shape, text, target), 0, self._doc_start_token)
+            b.loss_sum.zero_()
+            forward(work)
+            loss(
+                b.final_input, final.codes, final.units, work.bias, b.target, losses=b.losses, loss_sum=b.loss_sum, scratch=b.head,
+                backend=work.backend,
+            )  # fmt: skip
         return b.loss_sum
 
     def logits(self, text: Tensor) -> Tensor:
