@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import os
 import re
 import subprocess
 import sys
@@ -31,7 +30,7 @@ if __name__ == "__main__":
 import torch
 import triton
 from case_protocol import GATE, Setting, Skip
-from run_cases import Builder, found_modules, lacks_fp8, load_cases, short_traceback
+from run_cases import Builder, found_modules, lacks_fp8, load_cases, run_parts, short_traceback, usable_processes
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -212,7 +211,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cards", nargs="*", type=int, default=list(CARDS), choices=CARDS)
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases whose name contains one of the words")
     parser.add_argument("--timed", action="store_true", help="leave out cases that only check odd shapes")
-    parser.add_argument("--processes", type=int, default=min(4, len(os.sched_getaffinity(0))))
+    parser.add_argument("--processes", type=int, default=usable_processes())
     parser.add_argument("--part", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -235,13 +234,11 @@ def main() -> int:
     options = options_of()
     if options.part is not None:
         return run_part(options)
-    command = [sys.executable, __file__, *sys.argv[1:], "--processes", str(options.processes), "--part"]
-    children = [subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, text=True) for part in range(options.processes)]
-    lines = [line for child in children for line in child.communicate()[0].splitlines()]
+    lines, good = run_parts(__file__, options.processes, sys.argv[1:])
     print("\n".join(lines))
     faults, kernels = (sum(line.startswith(FAULT) is fault for line in lines) for fault in (True, False))
     print(f"{kernels} kernels, {faults} faults, triton {triton.__version__}")
-    return 1 if any(child.returncode for child in children) or not kernels else 0
+    return 0 if good and kernels else 1
 
 
 if __name__ == "__main__":

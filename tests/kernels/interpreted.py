@@ -19,27 +19,40 @@ import interpreter_fix  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from case_protocol import TINY, Setting  # noqa: E402
-from run_cases import check, found_modules, load_cases  # noqa: E402
+from run_cases import check, found_modules, load_cases, run_parts, usable_processes  # noqa: E402
 
 
-def main() -> int:
+def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="cases modules (all)")
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases whose name contains one of the words")
     parser.add_argument("--seed", type=int, default=None)
-    options = parser.parse_args()
+    parser.add_argument("--processes", type=int, default=usable_processes())
+    parser.add_argument("--part", type=int, default=None, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def run_part(options: argparse.Namespace) -> int:
+    """Cases number part, part + processes, ..., one line each."""
     torch.set_num_threads(1)
     interpreter_fix.install()
     np.seterr(all="ignore")  # as on a GPU, a division by zero is no news
+    cases = list(load_cases(options.modules or found_modules(), options.only).items())
+    for name, build in cases[options.part :: options.processes]:
+        print(check(name, build, Setting(TINY, torch.device("cpu"), options.seed)).line(), flush=True)
+    return 0
+
+
+def main() -> int:
+    options = options_of()
+    if options.part is not None:
+        return run_part(options)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    outcomes = []
-    for name, build in load_cases(options.modules or found_modules(), options.only).items():
-        outcomes.append(check(name, build, Setting(TINY, torch.device("cpu"), seed)))
-        print(outcomes[-1].line(), flush=True)
-    failed = [outcome for outcome in outcomes if outcome.verdict == "FAIL"]
-    skipped = sum(outcome.verdict == "SKIP" for outcome in outcomes)
-    print(f"{len(outcomes)} cases, {len(failed)} failed, {skipped} skipped, seed {seed}")
-    return 1 if failed or not outcomes else 0
+    lines, ended = run_parts(__file__, options.processes, [*sys.argv[1:], "--seed", str(seed)])
+    print("\n".join(lines))
+    failed, skipped = (sum(line.startswith(verdict) for line in lines) for verdict in ("FAIL", "SKIP"))
+    print(f"{len(lines)} cases, {failed} failed, {skipped} skipped, seed {seed}{'' if ended else '; a process died'}")
+    return 0 if lines and ended and not failed else 1
 
 
 if __name__ == "__main__":

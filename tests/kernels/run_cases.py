@@ -6,11 +6,14 @@ Enters: names of cases modules, a setting. Leaves: outcomes; an error inside a c
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -119,15 +122,18 @@ def short_traceback(error: BaseException) -> str:
     return f"{' > '.join(part for part in own if not part.startswith('run_cases'))} {message}"
 
 
-def with_seed(setting: Setting, seed: int) -> Setting:
-    """The same place and sizes, other numbers."""
-    return replace(setting, seed=seed)
+def run_parts(script: str, processes: int, words: list[str]) -> tuple[list[str], bool]:
+    """A script in several processes, each with `words` and its --part of the cases. Returns all lines, and whether all ended with 0."""
+    command = [sys.executable, script, *words, "--processes", str(processes), "--part"]
+    children = [subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, text=True) for part in range(processes)]
+    with ThreadPoolExecutor(processes) as pool:  # each is read while it runs, or one would wait for room in its pipe
+        texts = list(pool.map(lambda child: child.communicate()[0], children))
+    return [line for text in texts for line in text.splitlines()], all(child.returncode == 0 for child in children)
 
 
-def add_paths() -> None:
-    """For scripts: the rooms and this folder can be imported."""
-    root = HERE.parents[1]
-    sys.path[:0] = [str(HERE), str(root), *(str(root / room) for room in ("net", "kernels", "peers"))]
+def usable_processes() -> int:
+    """How many processes share the cases unless the caller says otherwise."""
+    return min(4, len(os.sched_getaffinity(0)))
 
 
 def _raises(error: Exception) -> Builder:
