@@ -1,9 +1,9 @@
 """CPU offload on a GPU, checked and timed: python tests/fed/engine_host_gpu.py [--dims e1280h20d42w1024] [--fragments 24] [--tokens 1024]
 
-Checks on a small model, against the engine that keeps everything on the device: losses, the gradient that arrives (bit for bit), and that the
-codes on the GPU are those that packing the masters there would make (bit for bit), also after weights were changed between steps and with
-several micro-batches. Then times the model given: step, GPU memory, bytes of host memory per weight, how long the step waited for the host,
-how busy the host was, and the speed of a copy in host memory and over the bus in the same run. Exits with 1 if a check fails.
+Checks on a small model, against the engine that keeps everything on the device: losses, the gradient that arrives (bit for bit), and that
+the codes on the GPU are those that packing the masters there would make (bit for bit), also after weights were changed between steps and
+with several micro-batches. Then times the model given: step, GPU memory, bytes of host memory per weight, how long the step waited for the
+host, how busy the host was, and the speed of a copy in host memory and over the bus in the same run. Exits with 1 if a check fails.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""CPU offload on the processor: the same bits as the device's update of the same gradient, micro-batches, changed weights, broken numbers."""
+"""CPU offload on the processor: the bits of the device's update of the same gradient, micro-batches, changed weights, broken numbers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from training_run import make_data, make_recipe
 from tscale_fed.assembly import build_trainer, model_shape, start_weights
 from tscale_fed.config import DeviceSection
 from tscale_fed.device import choose_device
-from tscale_fed.engine import host_gradients, host_memory, host_tensors, place
+from tscale_fed.engine import host_gradients, host_memory, host_pack, host_tensors, place
 from tscale_fed.engine.build import build_engine
 from tscale_fed.engine.engine import Engine
 from tscale_fed.engine.host_engine import HostEngine, device_bytes
 from tscale_fed.engine.host_memory import host_bytes
+from tscale_fed.engine.host_pack import pack_from_host, usable_cores
 from tscale_fed.engine.host_parameters import HostParameters
 from tscale_fed.engine.host_tensors import HostTensors
 from tscale_fed.engine.interface import StepBatch
 from tscale_fed.engine.layout import Sizes
 from tscale_fed.engine.memory_plan import engine_bytes
+from tscale_fed.engine.packed import PackedWeights
 from tscale_fed.engine.precision import choose_precision
 from tscale_fed.model.init import initialise
 from tscale_fed.model.shape import ModelShape
@@ -277,6 +279,16 @@ def test_a_place_that_does_not_exist() -> None:
         place.choose_place("disk", BIG, fragments=1, tokens=128, precision=chosen, free=None)
 
 
+def test_cores_are_those_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(host_pack, "CONTAINER_QUOTA", quota)
+    free = usable_cores()
+    assert free >= 1
+    for text, want in (("max 100000", free), ("100000 100000", 1), ("50000 100000", 1), ("9900000 100000", free)):
+        quota.write_text(text + "\n")
+        assert usable_cores() == want
+
+
 def test_every_weight_belongs_to_one_piece() -> None:
     engine = host_engine()
     pieces = [piece for pieces in engine._memory._pieces.values() for piece in pieces]
@@ -288,3 +300,19 @@ def test_every_weight_belongs_to_one_piece() -> None:
     assert sorted(set(s.name for s in segments)) == sorted(names)
     assert isinstance(make("cpu", "int8"), Engine)
     assert ALL_FINITE > len(names)
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+def test_packing_from_host_memory_is_packing(transposed: bool) -> None:
+    flat, made = initialise(shape(), 3), []
+    for from_host in (False, True):
+        weights = PackedWeights(shape(), torch.int8, torch.device("cpu"), transposed=transposed)
+        table = torch.zeros(shape().embedding_rows, shape().width)
+        if from_host:
+            pack_from_host(flat, shape(), weights, table, host_update.choose_host(1))
+            assert torch.equal(table.flatten(), flat[: table.numel()])
+        else:
+            weights.pack(flat)
+        made.append(weights)
+    for name in ("_codes", "_codes_t", "units"):
+        assert torch.equal(getattr(made[0], name), getattr(made[1], name)), name

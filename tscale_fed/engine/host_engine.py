@@ -7,7 +7,6 @@ gradient that `accumulate` leaves is bf16.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -20,10 +19,11 @@ from tscale_fed.engine.forward import Work
 from tscale_fed.engine.gradients import gradient_scratch_bytes
 from tscale_fed.engine.host_gradients import HostGradients, host_gradient_bytes
 from tscale_fed.engine.host_memory import HostMemory
+from tscale_fed.engine.host_pack import host_threads
 from tscale_fed.engine.host_parameters import HostParameters, momentum_in
 from tscale_fed.engine.host_passes import HostPasses
 from tscale_fed.engine.host_transfer import transfer_for
-from tscale_fed.engine.interface import StepBatch
+from tscale_fed.engine.interface import StepBatch, nothing
 from tscale_fed.engine.passes import Runner
 from tscale_fed.engine.precision import Precision
 from tscale_fed.model.shape import ModelShape
@@ -31,9 +31,6 @@ from tscale_fed.optimizer.rule import Optimizer
 from tscale_kernels.dispatch import BackendName
 from tscale_kernels.host_update import HostBackendName, choose_host
 from tscale_kernels.optimizer_step import ALL_FINITE
-
-SPARE_CORES = 2
-"""Left to the thread that launches kernels and to the network."""
 
 
 class HostEngine(Engine):
@@ -63,7 +60,7 @@ class HostEngine(Engine):
         """device: of the computation. host_backend: forces the update in "native" or "torch"; threads: of it, None = all cores but two.
         threaded: False updates in the caller's thread, for tests."""
         self._device = device
-        self._host = choose_host(threads or max(1, len(os.sched_getaffinity(0)) - SPARE_CORES), host_backend)
+        self._host = choose_host(threads or host_threads(), host_backend)
         self._threaded = threaded
         self._rate: float | None = None
         momentum = momentum_in(parameters.memory, parameters)
@@ -82,11 +79,11 @@ class HostEngine(Engine):
     def device(self) -> torch.device:
         return self._device
 
-    def step(self, batch: StepBatch, rate: float) -> float:
+    def step(self, batch: StepBatch, rate: float, meanwhile: Callable[[], None] = nothing) -> float:
         """As `Engine.step`; after a refusal because numbers overflowed, upper layers may have made the step: go back to a checkpoint."""
         self._rate = rate
         try:
-            return super().step(batch, rate)
+            return super().step(batch, rate, meanwhile)
         finally:
             self._rate = None
 
@@ -121,8 +118,13 @@ class HostEngine(Engine):
         self._memory.begin_step(self._rate, len(self._parts(batch)))
         try:
             return super()._run(batch)
-        finally:
+        except BaseException:
             self._host_update.gather()
+            raise
+
+    def _read(self, batch: StepBatch, buffers: Buffers, check: FiniteCheck, *, updated: bool) -> float:
+        self._host_update.gather()
+        return super()._read(batch, buffers, check, updated=updated)
 
     def _host_words(self) -> str:
         if self._host.name == "native":
@@ -141,9 +143,10 @@ class HostUpdate:
     def gather(self) -> None:
         """Wait for the host."""
         self._bad = self._memory.finish()
+        self.bad_matrix.fill_(ALL_FINITE if self._bad is None else 0)
 
     def launch(self, rate: float, peaks: Tensor, loss_sum: Tensor) -> None:
-        self.bad_matrix.fill_(ALL_FINITE if self._bad is None else 0)
+        """Nothing: every matrix has been on its way since its gradient was there."""
 
     def verdict(self, bad_matrix: int) -> str | None:
         if self._bad is None:

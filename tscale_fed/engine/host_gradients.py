@@ -1,9 +1,9 @@
 """Gradients on their way to host memory: fp32 scratch for one layer at a time, bf16 copies that leave while the next layer is computed.
 
 The backward pass goes through stages, "final", the layers from the top, "embedding". A stage writes its fp32 gradient into scratch that
-all stages of its kind share, then `finish_stage` rounds it to bf16 (nearest even) into one of two slots, so that one may be on its way while
-the other is filled; the ends of the model have a slot of their own. Relative error of gradients of a small model: bf16 0.17 %, int8 with a
-scale per 128 values, which would halve the bytes on the bus, 0.61 to 0.89 %.
+all stages of its kind share, then `finish_stage` rounds it to bf16 (nearest even) into one of two slots, so that one may be on its way
+while the other is filled; the ends of the model have a slot of their own. Relative error of gradients of a small model: bf16 0.17 %, int8
+with a scale per 128 values, which would halve the bytes on the bus, 0.61 to 0.89 %.
 
 `guard` is the largest magnitude of the step so far, loss included, and not finite once anything was not: codes are always finite, so a
 gradient that looks fine may come from numbers that overflowed above it. It leaves with every gradient.

@@ -35,7 +35,7 @@ class HostTensors:
                 'free: free some, or write optimizer_memory = "device" in [device]'
             )
             raise Refused("out-of-memory", detail)
-        pages = mmap.mmap(-1, size)
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON)  # shared memory would have no huge pages
         if hasattr(mmap, "MADV_HUGEPAGE"):
             _advise(pages)
         tensor = torch.frombuffer(pages, dtype=dtype, count=elements) if elements else torch.empty(0, dtype=dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tscale_fed.engine.buffers import Buffers
 from tscale_fed.engine.engine import on_device, padded_bias
 from tscale_fed.engine.forward import Work, forward
+from tscale_fed.engine.host_pack import host_threads, pack_from_host
 from tscale_fed.engine.interface import StepBatch
 from tscale_fed.engine.layout import Sizes
 from tscale_fed.engine.packed import PackedWeights
@@ -20,6 +21,7 @@ from tscale_fed.model.shape import ModelShape
 from tscale_kernels.codes import ref_product, vector_scale
 from tscale_kernels.dispatch import BackendName
 from tscale_kernels.head import loss
+from tscale_kernels.host_update import choose_host
 
 
 class Scorer:
@@ -49,6 +51,10 @@ class Scorer:
         if weights.shape != (self._shape.trained_parameters,):
             raise ValueError(f"weights of {weights.numel()} elements do not fit model {self._shape.dims}")
         with on_device(self._table.device):
+            if weights.device != self._table.device and weights.device.type == "cpu":  # as a whole they might not fit a GPU
+                flat, host = weights.detach().float().contiguous(), choose_host(host_threads())
+                pack_from_host(flat, self._shape, self._weights, self._table, host, self._work.backend)
+                return
             flat = weights.detach().to(self._table.device, torch.float32)
             self._weights.pack(flat, self._work.backend)
             self._table.copy_(flat[: self._table.numel()].view_as(self._table))
