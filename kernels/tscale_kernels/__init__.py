@@ -8,7 +8,10 @@ Map of the room, in reading order:
     embedding.py      labels to the start state and its codes; the gradient of the embedding
     head.py           final layer, loss and their gradients without stored logits
     optimizer_step.py second moments, momentum and weights in one pass (update_plan.py: its tables)
+    host_update.py    the same update, and codes, for weights in host memory (host_native.py builds host_update.c)
+    place_codes.py    codes that the host made, put in kernel order on the device
     delta_onebit.py   one-bit deltas: encode a displacement, add a decoded delta to an integer basepoint, on an exact grid
+    delta_int8.py, delta_topk.py, delta_lowrank.py  the same with 8 bits, with the k largest values, with factors of low rank
     testing.py        error measure, shapes that break kernels, bit-exact comparison
 
 Every operation file has the same order: formula, reference, Triton kernel, `run` functions. The reference defines the semantics.

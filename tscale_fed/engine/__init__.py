@@ -19,4 +19,14 @@ A micro-batch:
 - `passes.py`       both passes as CUDA graphs
 - `finite.py`       where numbers overflowed first
 - `update.py`       optimizer and weights on the device
+Weights and momentum in host memory (CPU offload):
+- `place.py`        device or host: the choice, and the engine that it asks for
+- `host_engine.py`  `HostEngine`
+- `host_tensors.py`, `host_parameters.py`  page-locked memory, and the weights in it
+- `host_pieces.py`  what is updated at a time
+- `host_gradients.py`  gradients on their way out
+- `host_transfer.py`   copies beside the computation
+- `host_memory.py`  the update while the backward pass goes on
+- `host_passes.py`  a micro-batch in stages
+- `host_pack.py`    codes from weights on the CPU, for the scorer
 """
