@@ -11,6 +11,7 @@ It prints a table for people and writes one JSON file with the figures, the mach
     quality.py            what is learnt in so many tokens, beside the original; quality_settings.py: a run in words
     quality_text.py       its text; quality_learners.py, quality_run.py, quality_table.py: what is trained, one run, what is printed
     precision.py          what 8 bits change; precision_cases.py: against exact arithmetic, rounded_model.py: at the same states
+    ablation.py           against a plain block; ablation_models.py, ablation_optimizers.py, ablation_run.py: what is compared
     local_way.py          the faster of two ways for the baseline's local attention
     learning.py           does the swarm learn? Command line, worker processes, verdict
     learning_rows.py      the ways to train that are compared: one peer, synchronous, swarm rules
@@ -23,6 +24,7 @@ It prints a table for people and writes one JSON file with the figures, the mach
 """
 
 BENCHES = {
+    "ablation": "this block and optimizer against a plain modern block",
     "precision": "what 8 bits change in predictions and gradients",
     "quality": "loss after so many tokens, beside the original and bf16",
     "step": "speed of a training step beside bf16 torch.compile",
