@@ -238,7 +238,7 @@ def main() -> int:
     options = options_of()
     if options.part is not None:
         return run_part(options)
-    lines, good = run_parts(__file__, options.processes, sys.argv[1:])
+    lines, good = run_parts(sys.argv[0], options.processes, sys.argv[1:])
     print("\n".join(lines))
     faults, kernels = (sum(line.startswith(FAULT) is fault for line in lines) for fault in (True, False))
     print(f"{kernels} kernels, {faults} faults, triton {triton.__version__}")

@@ -42,6 +42,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("modules", nargs="*", help="cases modules (all)")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["tiny", "small"])
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases whose name contains one of the words")
+    parser.add_argument("--without", nargs="*", default=[], metavar="WORD", help="no cases whose name contains one of the words")
     parser.add_argument("--seed", type=int, default=None, help="repeat a run (fresh numbers otherwise)")
     parser.add_argument("--seconds", type=float, default=115.0, help="what has not ended by then fails")
     parser.add_argument("--processes", type=int, default=PROCESSES)
@@ -68,7 +69,8 @@ def run_part(options: argparse.Namespace) -> int:
         interpreter_fix.install()
     torch.set_num_threads(1)
     device = torch.device(options.device)
-    cases = [(size, name, build) for size in options.sizes for name, build in load_cases(options.modules, options.only).items()]
+    chosen = load_cases(options.modules, options.only, options.without)
+    cases = [(size, name, build) for size in options.sizes for name, build in chosen.items()]
     for size, name, build in cases[options.part :: options.processes][options.skip :]:
         title = f"{name} @{size}"
         print(json.dumps({"start": title}), flush=True)
@@ -109,7 +111,7 @@ class Part:
     def _run_child(self, options: argparse.Namespace, said: queue.Queue[Outcome]) -> int:
         words = [*options.modules, "--sizes", *options.sizes, f"--device={options.device}", "--seed", str(options.seed)]
         words += ["--processes", str(options.processes), "--part", str(self.number), "--skip", str(len(self.outcomes))]
-        words += ["--only", *options.only] if options.only else []
+        words += [*(["--only", *options.only] if options.only else []), *(["--without", *options.without] if options.without else [])]
         command = [sys.executable, str(Path(__file__).resolve()), *words]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         listener = threading.Thread(target=self._collect_errors, args=(self.process,), daemon=True)

@@ -48,7 +48,7 @@ def main() -> int:
     if options.part is not None:
         return run_part(options)
     seed = secrets.randbelow(2**31) if options.seed is None else options.seed
-    lines, ended = run_parts(__file__, options.processes, [*sys.argv[1:], "--seed", str(seed)])
+    lines, ended = run_parts(sys.argv[0], options.processes, [*sys.argv[1:], "--seed", str(seed)])
     print("\n".join(lines))
     failed, skipped = (sum(line.startswith(verdict) for line in lines) for verdict in ("FAIL", "SKIP"))
     print(f"{len(lines)} cases, {failed} failed, {skipped} skipped, seed {seed}{'' if ended else '; a process died'}")

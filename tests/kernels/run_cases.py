@@ -27,6 +27,9 @@ FIRST_CAPABILITY_WITH_FP8 = (8, 9)
 Builder = Callable[[Setting], Case]
 HERE = Path(__file__).resolve().parent
 _LONGEST_MESSAGE = 700
+_MOST_ROWS_FOR_EXACT = 20_000
+"""fp64 results of larger sizes would need many times the memory of the op; the same formula is compared at smaller ones."""
+_WAITS_FOR_MEMORY, _SECONDS_FOR_MEMORY = 8, 2.0
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,11 @@ def found_modules() -> list[str]:
     return known + sorted(path.stem for path in HERE.glob("cases_*.py") if path.stem not in known)
 
 
-def load_cases(modules: list[str], wanted: list[str] | None = None) -> dict[str, Builder]:
-    """Name -> builder of every case whose name contains one of `wanted`. A module that cannot be imported is one case that fails."""
+def load_cases(modules: list[str], wanted: list[str] | None = None, without: list[str] | None = None) -> dict[str, Builder]:
+    """Name -> builder of every case whose name contains one of `wanted` (or is it, if that begins with "="), and none of `without`.
+
+    A module that cannot be imported is one case that fails. Raises ValueError for "=NAME" if no case has that name.
+    """
     cases: dict[str, Builder] = {}
     for module in modules:
         try:
@@ -60,7 +66,15 @@ def load_cases(modules: list[str], wanted: list[str] | None = None) -> dict[str,
         if twice:
             raise ValueError(f"{module}: cases {sorted(twice)} are those of another module; choose other names")
         cases.update(found)
-    return {name: build for name, build in cases.items() if not wanted or any(part in name for part in wanted)}
+    unknown = [word for word in wanted or [] if word.startswith("=") and word[1:] not in cases]
+    if unknown:
+        raise ValueError(f"no case is called {', '.join(word[1:] for word in unknown)}")
+    chosen = {name: build for name, build in cases.items() if not wanted or any(_fits(name, word) for word in wanted)}
+    return {name: build for name, build in chosen.items() if not any(_fits(name, word) for word in without or [])}
+
+
+def _fits(name: str, word: str) -> bool:
+    return name == word[1:] if word.startswith("=") else word in name
 
 
 def check(name: str, build: Builder, setting: Setting) -> Outcome:
@@ -69,7 +83,7 @@ def check(name: str, build: Builder, setting: Setting) -> Outcome:
     if lacks_fp8(name, capability(setting.device)):
         return Outcome(name, "SKIP", "the card has no fp8", 0.0)
     try:
-        good, text = _compared(build(setting))
+        good, text = _with_memory(lambda: _compared(build(setting), exact=setting.sizes.rows <= _MOST_ROWS_FOR_EXACT))
         verdict: Literal["PASS", "FAIL", "SKIP"] = "PASS" if good else "FAIL"
     except Skip as reason:
         verdict, text = "SKIP", str(reason)
@@ -78,14 +92,26 @@ def check(name: str, build: Builder, setting: Setting) -> Outcome:
     return Outcome(name, verdict, text, time.perf_counter() - start)
 
 
-def _compared(case: Case) -> tuple[bool, str]:
+def _with_memory(work: Callable[[], tuple[bool, str]]) -> tuple[bool, str]:
+    """The result of `work`; where the card's memory is taken by processes beside this one, wait for them and try again."""
+    for _ in range(_WAITS_FOR_MEMORY):
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()  # out of the handler, which keeps the tensors of the failed try alive
+        time.sleep(_SECONDS_FOR_MEMORY)
+    return work()
+
+
+def _compared(case: Case, exact: bool) -> tuple[bool, str]:
     reference, outputs = case.outputs(), case.outputs()
     case.run(reference, "ref")
     case.run(outputs, "triton")
     if outputs and next(iter(outputs.values())).device.type == "cuda":
         torch.cuda.synchronize()
     results = [compare(name, outputs[name], reference[name], limit) for name, limit in case.limits.items()]
-    if case.exact is not None:
+    if exact and case.exact is not None:
         results += _against_exact(case, {"ref": reference, "triton": outputs})
     good = all(result for result, _ in results)
     return good, "; ".join(text for result, text in results if good or not result) or "nothing compared"

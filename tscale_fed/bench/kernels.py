@@ -27,6 +27,8 @@ SIZES = ("small", "full")
 SECONDS = 88.0
 CHECK_SHARE = 0.65
 """Of the time, at most, for the check and the compiles."""
+MINOR = ("bf16", "odd")
+"""Words in the names of variants that are only measured with --all."""
 _CHECK_PROCESSES = 8
 
 
@@ -35,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("kernels", help="time of every GPU kernel beside torch's own", allow_abbrev=False)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="model and batch sizes (default: all)")
     parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="cases whose name contains one of the words")
+    parser.add_argument("--all", action="store_true", help="bf16 variants too")
     seconds_help = "cases not timed by then are reported as failed (default: %(default)s)"
     parser.add_argument("--seconds", type=float, default=SECONDS, help=seconds_help)
     parser.add_argument("--out", type=Path, metavar="FILE", help="result file (default: docs/bench/kernels-CARD.json)")
@@ -82,7 +85,8 @@ def check_cases(arguments: argparse.Namespace) -> list[Any]:
     """Outcomes of every case (tests/kernels/run_cases.py); failures are printed as they come."""
     gpu_check = importlib.import_module("gpu_check")
     words = ["--sizes", *arguments.sizes, "--seconds", str(arguments.seconds * CHECK_SHARE), "--processes", str(_CHECK_PROCESSES)]
-    options = gpu_check.options_of([*words, *(["--only", *arguments.only] if arguments.only else [])])
+    words += [*(["--only", *arguments.only] if arguments.only else []), *([] if arguments.all else ["--without", *MINOR])]
+    options = gpu_check.options_of(words)
     gpu_check.complete(options)
 
     def tell(outcome: Any) -> None:
@@ -103,7 +107,8 @@ def timed_rows(arguments: argparse.Namespace, right: list[str], device: torch.de
     rows: list[Row] = []
     baselines: dict[Any, dict[str, float]] = {}
     for size in arguments.sizes:
-        for name, build in run_cases.load_cases(run_cases.found_modules(), arguments.only).items():
+        without = [] if arguments.all else list(MINOR)
+        for name, build in run_cases.load_cases(run_cases.found_modules(), arguments.only, without).items():
             if f"{name} @{size}" not in right:
                 continue
             if not in_time():
