@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -316,3 +318,17 @@ def test_packing_from_host_memory_is_packing(transposed: bool) -> None:
         made.append(weights)
     for name in ("_codes", "_codes_t", "units"):
         assert torch.equal(getattr(made[0], name), getattr(made[1], name)), name
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_engine_that_is_let_go_leaves_no_thread_and_no_memory(closed: bool) -> None:
+    engine = host_engine()
+    engine.step(batch_of(0), RATE)
+    thread, gone = engine._memory._thread, weakref.ref(engine._memory)
+    assert thread is not None and thread.is_alive()
+    if closed:
+        engine.close()
+    del engine
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive() and gone() is None

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tscale_fed.engine.engine import on_device
 from tscale_fed.engine.host_gradients import HostGradients, Stage
 from tscale_fed.engine.host_parameters import HostParameters
 from tscale_fed.engine.host_pieces import Piece, Segment, build_pieces
@@ -97,8 +99,10 @@ class HostMemory:
         self._queue: queue.SimpleQueue[_StageJob | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if threaded:
-            self._thread = threading.Thread(target=self._work, name="host update", daemon=True)
+            # The thread holds no reference: whoever drops this object ends it.
+            self._thread = threading.Thread(target=_work, args=(self._queue, weakref.ref(self)), name="host update", daemon=True)
             self._thread.start()
+            weakref.finalize(self, self._queue.put, None)
 
     # -- called by the engine ----------------------------------------------------------------------------------------
 
@@ -140,7 +144,7 @@ class HostMemory:
             self._part_users[(self._part_kind(stage), self._part_slot(stage))] = job
         self._jobs.append(job)
         if self._thread is None:
-            self._do(job)
+            self.do(job)
         else:
             self._queue.put(job)
 
@@ -182,17 +186,12 @@ class HostMemory:
 
     # -- the update (the worker thread) ------------------------------------------------------------------------------
 
-    def _work(self) -> None:
-        if self.gradients.guard.is_cuda:
-            torch.cuda.set_device(self.gradients.guard.device)
-        while (job := self._queue.get()) is not None:
-            self._do(job)
-
-    def _do(self, job: _StageJob) -> None:
+    def do(self, job: _StageJob) -> None:
         """One stage. After an error nothing more is updated; `finish` raises it."""
         try:
             if self._error is None:
-                self._take(job)
+                with on_device(self.gradients.guard.device):
+                    self._take(job)
         except BaseException as error:
             self._error = error
         finally:
@@ -298,6 +297,16 @@ class HostMemory:
         if user is not None:
             user.done.wait()
         return self._parts[kind][slot][: spans[stage].stop - spans[stage].start]
+
+
+def _work(jobs: queue.SimpleQueue[_StageJob | None], owner: weakref.ref[HostMemory]) -> None:
+    """The thread: stage after stage until None comes."""
+    while (job := jobs.get()) is not None:
+        memory = owner()
+        if memory is None:
+            return
+        memory.do(job)
+        del memory
 
 
 def host_bytes(shape: ModelShape, code: torch.dtype, micro_batches: int = 1) -> int:

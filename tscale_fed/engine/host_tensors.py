@@ -1,4 +1,4 @@
-"""Tensors in host memory that a GPU copies from and to: whole pages, page-locked where a copy needs it, given back by `close`.
+"""Tensors in host memory that a GPU copies from and to: whole pages, page-locked where a copy needs it, until `close`.
 
 torch's own pinned allocator rounds sizes up to powers of two, which would cost 4 bytes per parameter; here a tensor takes what it needs.
 """
@@ -6,6 +6,7 @@ torch's own pinned allocator rounds sizes up to powers of two, which would cost 
 from __future__ import annotations
 
 import mmap
+import weakref
 
 import psutil
 import torch
@@ -15,6 +16,8 @@ from tscale_net.errors import Refused
 
 _SPARE_BYTES = 1 << 30
 """Left to everything else on the machine."""
+_FOR_EVERY_GPU = 1
+"""cudaHostRegisterPortable."""
 
 
 class HostTensors:
@@ -24,6 +27,7 @@ class HostTensors:
         self.bytes = 0
         self._pin = pin
         self._pinned: list[Tensor] = []
+        weakref.finalize(self, _unlock, self._pinned)
 
     def zeros(self, elements: int, dtype: torch.dtype, *, copied: bool = True) -> Tensor:
         """[elements] zeros on the CPU; `copied`: a GPU copies from it or to it. Raises Refused("out-of-memory")."""
@@ -46,16 +50,20 @@ class HostTensors:
 
     def close(self) -> None:
         """Unlock the pages. Call it when no copy is under way; the tensors stay valid."""
-        for tensor in self._pinned:
-            torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-        self._pinned.clear()
+        _unlock(self._pinned)
 
     def _lock(self, tensor: Tensor, size: int) -> None:
-        code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0))
+        code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, _FOR_EVERY_GPU))
         if code != 0:
             detail = f"{size / 1e9:.1f} GB of memory cannot be page-locked for the GPU (CUDA error {code}): raise the limit (ulimit -l)"
             raise Refused("out-of-memory", detail + ', or write optimizer_memory = "device" in [device]')
         self._pinned.append(tensor)
+
+
+def _unlock(pinned: list[Tensor]) -> None:
+    for tensor in pinned:
+        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
+    pinned.clear()
 
 
 def _advise(pages: mmap.mmap) -> None:
