@@ -276,6 +276,7 @@ def launch_column_max(g: Tensor, token_weight: Tensor, out: Tensor, relu: bool =
     rows, columns = g.shape
     config = fitted(launch("column_max", tiles.capability(g.device)), BM=rows, BN=columns)
     row_tiles = rows // config["BM"]
+    config["STEPS"] = tiles.steps_per_program(config["STEPS"], row_tiles, columns // config["BN"], g.device)
     column_max_kernel[(columns // config["BN"], triton.cdiv(row_tiles, config["STEPS"]))](
         g, token_weight, out.view(torch.int32), columns, row_tiles, RELU=relu, enable_fp_fusion=False, **config
     )

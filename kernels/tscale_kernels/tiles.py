@@ -8,6 +8,7 @@ spec/kernels.md 3). A kernel is written once: it gets `a` and `b` as either, and
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from tscale_kernels.dispatch import has_triton
 
 FIRST_CAPABILITY_WITH_TMA = (9, 0)
+_FULL_PROGRAMS = 4
+"""Programs per multiprocessor that keep memory busy in kernels that only move data."""
+_INTERPRETED_PROCESSORS = 1
 
 if has_triton():
     import triton
@@ -93,6 +97,20 @@ if has_triton():
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; (9, 0) for the interpreter (CPU tensors), so that tests run the path of the H100."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else FIRST_CAPABILITY_WITH_TMA
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a card; a small number for the interpreter, so that tests have several steps per program."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_PROCESSORS
+
+
+def steps_per_program(most: int, tiles: int, programs_beside: int, device: torch.device) -> int:
+    """How many of `tiles` a program takes one after the other, at most `most`: fewer where the card would not be full otherwise."""
+    steps = most
+    while steps > 1 and -(-tiles // steps) * programs_beside < _FULL_PROGRAMS * processors(device):
+        steps //= 2
+    return steps
 
 
 def uses_tma(device: torch.device) -> bool:

@@ -175,6 +175,7 @@ def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, 
         column_max.zero_()
         launch_column_max(x, token_scale, column_max, relu)
     config = fitted(launch("transpose_scaled", tiles.capability(x.device), x.dtype), BM=rows, BN=columns)
+    config["STEPS"] = tiles.steps_per_program(config["STEPS"], rows // config["BM"], columns // config["BN"], x.device)
     transpose_scaled_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
         x, token_scale, column_max, codes_t, column_unit, rows, columns, vector_scale(x.dtype),
         RELU=relu, CODE=tiles.TRITON_DTYPES[x.dtype], PEAK=_PEAK.get(x.dtype, 0.0), enable_fp_fusion=False, **config,
@@ -187,10 +188,12 @@ def _launch_products(gate: Tensor, out: Tensor, token_scale: Tensor, codes_t: Te
         column_max.zero_()
         config = fitted(launch("products_max", capability, gate.dtype), BM=rows, BN=columns)
         row_tiles = rows // config["BM"]
+        config["STEPS"] = tiles.steps_per_program(config["STEPS"], row_tiles, columns // config["BN"], gate.device)
         products_max_kernel[(columns // config["BN"], triton.cdiv(row_tiles, config["STEPS"]))](
             gate, out, token_scale, column_max.view(torch.int32), columns, row_tiles, enable_fp_fusion=False, **config
         )
     config = fitted(launch("transpose_products", capability, gate.dtype), BM=rows, BN=columns)
+    config["STEPS"] = tiles.steps_per_program(config["STEPS"], rows // config["BM"], columns // config["BN"], gate.device)
     transpose_products_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
         gate, out, token_scale, column_max, codes_t, column_unit, rows, columns, vector_scale(gate.dtype),
         CODE=tiles.TRITON_DTYPES[gate.dtype], PEAK=_PEAK.get(gate.dtype, 0.0), enable_fp_fusion=False, **config,
