@@ -12,6 +12,7 @@ It prints a table for people and writes one JSON file with the figures, the mach
     quality_text.py       its text; quality_learners.py, quality_run.py, quality_table.py: what is trained, one run, what is printed
     precision.py          what 8 bits change; precision_cases.py: against exact arithmetic, rounded_model.py: at the same states
     ablation.py           against a plain block; ablation_models.py, ablation_optimizers.py, ablation_run.py: what is compared
+    memory.py             forecast and taken memory of every plan; memory_forecast.py: what the plan says
     local_way.py          the faster of two ways for the baseline's local attention
     learning.py           does the swarm learn? Command line, worker processes, verdict
     learning_rows.py      the ways to train that are compared: one peer, synchronous, swarm rules
@@ -24,6 +25,7 @@ It prints a table for people and writes one JSON file with the figures, the mach
 """
 
 BENCHES = {
+    "memory": "memory of the engine, forecast and taken",
     "ablation": "this block and optimizer against a plain modern block",
     "precision": "what 8 bits change in predictions and gradients",
     "quality": "loss after so many tokens, beside the original and bf16",

@@ -35,11 +35,13 @@ class Timed:
     start_s: float = 0.0
     """Building, compiling, first steps."""
     peak_bytes: int = 0
-    """Of GPU memory in tensors, the first step included."""
+    """Of GPU memory in tensors, from the first step on."""
     reserved_bytes: int = 0
     """Of GPU memory that torch holds."""
     host_bytes: int = 0
-    """By which the process grew while the row was built and stepped."""
+    """Of host memory that the row took for weights and momentum."""
+    grown_bytes: int = 0
+    """By which the process grew while the row was built and stepped: compilers and torch itself too."""
     losses: tuple[float, float] = (0.0, 0.0)
     """Mean per token of the first and of the last step."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +62,8 @@ def measure(
     started = time.perf_counter()
     try:
         row = make_row(name, sizes, batches, options, say)
+        if sizes.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(sizes.device)  # start weights are gone, as they are in training
         first = float(row.step(0, RATE)) / sizes.step_tokens
         for index in range(1, warm_up):
             row.step(index, RATE)
@@ -73,12 +77,13 @@ def measure(
     timed = Timed(
         name, milliseconds, start_s,
         torch.cuda.max_memory_allocated(sizes.device) if on_gpu else 0, torch.cuda.max_memory_reserved(sizes.device) if on_gpu else 0,
-        max(0, resident_bytes() - host_before), (first, last), row.facts(),
+        row.facts().get("host_bytes", 0), max(0, resident_bytes() - host_before), (first, last), row.facts(),
     )  # fmt: skip
     rate = sizes.step_tokens / timed.median_ms * 1e3
     say(f"{name}: {timed.median_ms:.2f} ms, {rate:,.0f} tokens/s, started in {start_s:.0f} s; {timed.facts.get('plan', '')}")
     if top and on_gpu:
         print("\n".join([f"-- {name}", *kernel_lines(lambda: row.step(0, RATE), top)]), flush=True)
+    row.close()
     return timed
 
 

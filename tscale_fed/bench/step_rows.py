@@ -56,7 +56,11 @@ class Row(Protocol):
         ...
 
     def facts(self) -> dict[str, Any]:
-        """What there is to tell beside times: JSON values."""
+        """What there is to tell beside times: JSON values, "plan" in words, "host_bytes" of pinned memory."""
+        ...
+
+    def close(self) -> None:
+        """After the last step."""
         ...
 
 
@@ -110,6 +114,9 @@ class BaselineRow:
     def facts(self) -> dict[str, Any]:
         return {"micro_batches": self._micro_batches, "plan": f"bf16 torch.compile, {self._micro_batches} micro-batches"}
 
+    def close(self) -> None:
+        """Nothing to do."""
+
 
 class EngineRow:
     """See `tscale_fed.engine`."""
@@ -137,4 +144,12 @@ class EngineRow:
         return self._engine.step(self._batches[index % len(self._batches)]._replace(step=index, seed=index), rate)
 
     def facts(self) -> dict[str, Any]:
-        return {"plan": str(self._engine.plan)}
+        from tscale_fed.bench.memory_forecast import forecast
+
+        return {"plan": str(self._engine.plan), "micro_batches": self._engine.plan.micro_batches, **forecast(self._engine)}
+
+    def close(self) -> None:
+        from tscale_fed.engine.host_engine import HostEngine
+
+        if isinstance(self._engine, HostEngine):
+            self._engine.close()

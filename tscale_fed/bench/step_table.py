@@ -52,7 +52,7 @@ def table_lines(sizes: Sizes, rows: Sequence[Timed]) -> list[str]:
         f"{shape.dims}, {shape.parameters / 1e6:.2f} M weights ({without / 1e6:.2f} M without the embedding), vocabulary {shape.vocab}, "
         f"{sizes.fragments} x {sizes.tokens} tokens, optimizer included",
         f"{'row':<16}{'ms/step':>9}{'p10..p90':>17}{'tokens/s':>11}{'TParams/s':>10}{'with emb.':>10}{'of 182':>8}{'x base':>8}"
-        f"{'peak GB':>9}{'held GB':>9}{'host B/w':>9}  loss",
+        f"{'peak GB':>9}{'held GB':>9}{'host B/w':>9}{'grown GB':>9}  loss",
     ]
     for row in rows:
         lines.append(f"{row.name:<16}{_cells(sizes, row, rows)}")
@@ -68,7 +68,8 @@ def _cells(sizes: Sizes, row: Timed, rows: Sequence[Timed]) -> str:
     return (
         f"{found['median_ms']:>9.2f}{spread:>17}{found['tokens_per_s']:>11,.0f}{found['tparams_per_s']:>10.1f}"
         f"{found['tparams_per_s_with_embedding']:>10.1f}{found['of_limit']:>8.0%}{times:>8}{row.peak_bytes / 1e9:>9.2f}"
-        f"{row.reserved_bytes / 1e9:>9.2f}{found['host_bytes_per_parameter']:>9.1f}  {row.losses[0]:.3f} -> {row.losses[1]:.3f}"
+        f"{row.reserved_bytes / 1e9:>9.2f}{found['host_bytes_per_parameter']:>9.1f}"
+        f"{row.grown_bytes / 1e9:>9.1f}  {row.losses[0]:.3f} -> {row.losses[1]:.3f}"
     )
 
 
@@ -81,7 +82,7 @@ def goal_met(preset: str, sizes: Sizes, rows: Sequence[Timed]) -> bool:
     fast = any(found["tparams_per_s"] >= BIG_GOAL[0] and (found["times_baseline"] or 0.0) >= BIG_GOAL[1] for found in on_device)
     hosts = [(row, found) for row, found in engines if row.name.endswith("@host")]
     return fast and all(
-        found["tparams_per_s"] >= BIG_HOST_GOAL[0] and row.peak_bytes <= BIG_HOST_GOAL[1]
+        found["tparams_per_s"] >= BIG_HOST_GOAL[0] and max(row.peak_bytes, row.reserved_bytes) <= BIG_HOST_GOAL[1]
         and found["host_bytes_per_parameter"] <= BIG_HOST_GOAL[2]
         for row, found in hosts
     )  # fmt: skip
