@@ -5,6 +5,11 @@ One unit per channel on each side, fused in the epilogue: the token scales cance
 inside the loop. row_map puts rows in kernel order (rotary pairs, blocked heads) back to their canonical places. For int8 the sum is exact.
 square_sums[n / 128, k / 128] is the sum of squares of the final gradient in each block of 128 x 128 (of kernel rows), so that the optimizer
 need not read the gradient once more to know its size.
+
+An H100 runs 264 tiles of 128 x 128 at once, so the last wave of 800 (10240 x 1280) would be 8 tiles that take as long as 264, and 200 tiles
+(2560 x 1280) leave a quarter of the places empty. The contraction of the tiles that do not fill a wave is therefore split (`split_of`):
+every part leaves its sums in the workspace, and the one that comes last adds all of them, in their order, and goes on. Sums of int8 do not
+depend on the split; others are the same in every run on one kind of card.
 """
 
 from __future__ import annotations
@@ -19,11 +24,15 @@ from tscale_kernels.codes import ref_product
 from tscale_kernels.dispatch import BackendName, choose, has_triton
 
 _BLOCK = 128
-_MOST_PARTS = 4
-"""Of a contraction: each part costs a pass over the workspace."""
-_PROGRAMS_PER_PROCESSOR = 2
-_INTERPRETER_PROGRAMS = 4
-"""As many as make the small matrices of tests split."""
+_LARGEST_SPLIT = 8
+_MOST_PARTS = 1024
+"""Parts of 128 x 128 sums that a workspace holds at most: 64 MiB, of the order of an H100's cache."""
+_MOST_TILES = 1024
+"""Counters of arrived parts at the start of the workspace, one for each tile that is split."""
+_COST_OF_A_PART = 0.02
+"""Of the time of a tile: a further part is stored and loaded once more (guess)."""
+_INTERPRETER_PROCESSORS = 3
+"""Few, so that the small matrices of tests have tiles of both kinds."""
 
 
 def square_sum_count(rows: int, columns: int) -> int:
@@ -32,8 +41,21 @@ def square_sum_count(rows: int, columns: int) -> int:
 
 
 def workspace_size(rows: int, columns: int) -> int:
-    """int32 elements of `workspace` that a gradient [rows, columns] may need."""
-    return rows * columns
+    """int32 elements of `workspace` for a gradient [rows, columns]; with fewer, it may be split less than would be best."""
+    return _MOST_TILES + min(_MOST_PARTS, square_sum_count(rows, columns) * _LARGEST_SPLIT) * _BLOCK * _BLOCK
+
+
+def split_of(count: int, places: int, largest: int, room: int) -> tuple[int, int]:
+    """(tiles made by one program each, parts of every other tile) of `count` tiles on a card that runs `places` programs at once.
+
+    Full waves are not split. What remains is cut in the number of parts, at most `largest` and `room` in all, that should end first."""
+    alone = count // places * places
+    remain = count - alone
+    if remain == 0 or remain > _MOST_TILES:
+        return count, 1
+    allowed = [parts for parts in range(1, largest + 1) if parts == 1 or remain * parts <= room]
+    parts = min(allowed, key=lambda parts: -(-remain * parts // places) / parts + _COST_OF_A_PART * (parts - 1))
+    return (alone, parts) if parts > 1 else (count, 1)
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
@@ -55,8 +77,6 @@ def ref_weight_gradient(
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
-# Few output tiles (a matrix of 2560 x 1280 has 200, an H100 holds 264 at once) leave processors idle, so their contraction is split: parts
-# add into a workspace, a second kernel makes the gradient of it. Two parts at most for fp8 and bf16, as 0 + a + b has one result only.
 
 if has_triton():
     import triton
@@ -86,54 +106,64 @@ if has_triton():
             tl.store(square_sums + block_row[:, None] * (columns // 128) + block_column[None, :], totals)
 
     @triton.jit
+    def arrive(sums, workspace, tile, part, parts, BR: tl.constexpr, BC: tl.constexpr, ACC: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Leaves the sums of one part of a tile in the workspace. (whether it was the last part to come, the sums of all if so)."""
+        counter = workspace + tile
+        within = tl.arange(0, BR)[:, None] * BC + tl.arange(0, BC)[None, :]
+        first = workspace + 1024 + tile.to(tl.int64) * parts * (BR * BC)  # _MOST_TILES
+        tl.store(first + part * (BR * BC) + within, sums.to(tl.int32, bitcast=True))
+        tl.debug_barrier()  # every thread has stored before one of them says so
+        last = tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1
+        if last:
+            sums = tl.load(first + within, cache_modifier=".cg").to(ACC, bitcast=True)
+            for other in range(1, parts):
+                sums += tl.load(first + other * (BR * BC) + within, cache_modifier=".cg").to(ACC, bitcast=True)
+            tl.store(counter, 0)
+        return last, sums
+
+    @triton.jit(do_not_specialize=["alone", "parts"])
     def weight_gradient_kernel(  # type: ignore[no-untyped-def]
-        g_t, x_t, unit_g, unit_x, row_map, grad, square_sums, workspace, row_tiles, column_tiles, tokens, columns, factor,
+        g_t, x_t, unit_g, unit_x, row_map, grad, square_sums, workspace, row_tiles, column_tiles, tokens, columns, factor, alone, parts,
         ACC: tl.constexpr, TMA: tl.constexpr, SPLIT: tl.constexpr, ACCUMULATE: tl.constexpr,
         BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """Tile program_id(0), part program_id(1) of SPLIT of the contraction. g_t, x_t are operands (tiles.py), the rest pointers."""
-        row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
+        """Programs below `alone` make a whole tile, those behind one of `parts` parts of a tile. g_t, x_t are operands (tiles.py), the rest
+        pointers."""
+        tile = tl.program_id(0)
+        part = 0
+        if SPLIT:
+            behind = tile - alone
+            if behind >= 0:
+                tile = alone + behind // parts
+                part = behind % parts
+            else:
+                parts = 1
+        row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
         row = row_tile * BR
         column = column_tile * BC
         blocks = tokens // BK
-        first = tl.program_id(1) * blocks // SPLIT
-        after = (tl.program_id(1) + 1) * blocks // SPLIT
-        sums = product_tile(g_t, x_t, row, column, first * BK, after - first, tokens, tokens, BR, BC, BK, ACC, TMA)
-        if SPLIT == 1:
-            finish_tile(
-                sums.to(tl.float32), unit_g, unit_x, row_map, grad, square_sums, row, column, columns, factor, BR, BC, ACCUMULATE
-            )
+        if SPLIT:
+            first = part * blocks // parts
+            blocks = (part + 1) * blocks // parts - first
+            sums = product_tile(g_t, x_t, row, column, first * BK, blocks, tokens, tokens, BR, BC, BK, ACC, TMA)
+            complete = True
+            if parts > 1:
+                complete, sums = arrive(sums, workspace, tile - alone, part, parts, BR, BC, ACC)
+            if complete:
+                finish_tile(
+                    sums.to(tl.float32), unit_g, unit_x, row_map, grad, square_sums, row, column, columns, factor, BR, BC, ACCUMULATE
+                )
         else:
-            at = (row + tl.arange(0, BR)).to(tl.int64)[:, None] * columns + column + tl.arange(0, BC)[None, :]
-            tl.atomic_add(workspace + at, sums, sem="relaxed")
-
-    @triton.jit
-    def finish_kernel(  # type: ignore[no-untyped-def]
-        unit_g, unit_x, row_map, grad, square_sums, workspace, column_tiles, columns, factor, ACCUMULATE: tl.constexpr
-    ):
-        """One block of 128 x 128 of the workspace, which is left zeroed."""
-        row = tl.program_id(0) // column_tiles * 128
-        column = tl.program_id(0) % column_tiles * 128
-        at = workspace + (row + tl.arange(0, 128)).to(tl.int64)[:, None] * columns + column + tl.arange(0, 128)[None, :]
-        sums = tl.load(at)
-        tl.store(at, tl.zeros_like(sums))
-        finish_tile(sums.to(tl.float32), unit_g, unit_x, row_map, grad, square_sums, row, column, columns, factor, 128, 128, ACCUMULATE)
+            sums = product_tile(g_t, x_t, row, column, 0, blocks, tokens, tokens, BR, BC, BK, ACC, TMA)
+            finish_tile(sums.to(tl.float32), unit_g, unit_x, row_map, grad, square_sums, row, column, columns, factor, BR, BC, ACCUMULATE)
 
 
 @cache
-def programs_at_once(device: torch.device) -> int:
-    """How many programs a card runs side by side."""
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors of a card."""
     if device.type != "cuda":
-        return _INTERPRETER_PROGRAMS
-    return _PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def parts_of(tiles_in_all: int, parts_allowed: int, slots: int) -> int:
-    """Into how many parts to split the contraction: enough that the last round of programs is a small part of the whole."""
-    parts = 1
-    while parts < parts_allowed and tiles_in_all * parts < slots:
-        parts *= 2
-    return parts
+        return _INTERPRETER_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _launch(
@@ -143,22 +173,16 @@ def _launch(
     (rows, tokens), columns = g_t.shape, x_t.shape[0]
     config = launch_table.launch("weight_gradient", tiles.capability(g_t.device), g_t.dtype)
     config = launch_table.fitted(config, BR=rows, BC=columns, BK=tokens)
+    places, largest = config.pop("PROGRAMS") * processors_of(g_t.device), config.pop("SPLIT")
     row_tiles, column_tiles = rows // config["BR"], columns // config["BC"]
-    allowed = 1 if workspace is None else _MOST_PARTS if g_t.dtype == torch.int8 else min(_MOST_PARTS, 2)
-    split = parts_of(row_tiles * column_tiles, allowed, programs_at_once(g_t.device))
-    space = None if workspace is None else workspace if g_t.dtype == torch.int8 else workspace.view(torch.float32)
+    room = 0 if workspace is None else (workspace.numel() - _MOST_TILES) // (config["BR"] * config["BC"])
+    alone, parts = split_of(row_tiles * column_tiles, places, largest, room)
     tma = tiles.uses_tma(g_t.device)
-    weight_gradient_kernel[(row_tiles * column_tiles, split)](
+    weight_gradient_kernel[(alone + (row_tiles * column_tiles - alone) * parts,)](
         tiles.operand(g_t, config["BR"], config["BK"], tma), tiles.operand(x_t, config["BC"], config["BK"], tma),
-        column_unit_g, column_unit_x, row_map, grad, square_sums, space, row_tiles, column_tiles, tokens, columns, factor,
-        ACC=tiles.accumulator(g_t.dtype), TMA=tma, SPLIT=split, ACCUMULATE=accumulate, enable_fp_fusion=False, **config,
+        column_unit_g, column_unit_x, row_map, grad, square_sums, workspace, row_tiles, column_tiles, tokens, columns, factor, alone, parts,
+        ACC=tiles.accumulator(g_t.dtype), TMA=tma, SPLIT=parts > 1, ACCUMULATE=accumulate, enable_fp_fusion=False, **config,
     )  # fmt: skip
-    if split > 1:
-        blocks = columns // _BLOCK
-        finish_kernel[(rows // _BLOCK * blocks,)](
-            column_unit_g, column_unit_x, row_map, grad, square_sums, space, blocks, columns, factor,
-            ACCUMULATE=accumulate, enable_fp_fusion=False, num_warps=8,
-        )  # fmt: skip
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
@@ -182,8 +206,8 @@ def weight_gradient(
 
     g_t: codes [N, M]; x_t: codes [K, M] of the same dtype; column_unit_g: fp32 [N]; column_unit_x: fp32 [K]; factor: 1 / sqrt(inputs).
     row_map: int32 [N], a permutation, or None. grad: fp32 [N, K]. square_sums: fp32 [square_sum_count(N, K)] or None.
-    workspace: int32 [>= workspace_size(N, K)], zeroed once by the caller and left zeroed where it counts, shared by all calls of one
-    stream; None: the contraction is not split. N, K and M are multiples of 128.
+    workspace: int32, of workspace_size(N, K) or another size, zeroed once by the caller (its counters are left zero), shared by all calls
+    of one stream; None: the contraction is not split. N, K and M are multiples of 128.
     """
     run = _launch if choose(g_t.device, backend).name == "triton" else ref_weight_gradient
     run(

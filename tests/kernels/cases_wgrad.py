@@ -41,7 +41,7 @@ def weight_gradient(setting: Setting, code: torch.dtype, inputs: int, outputs_: 
         run=lambda out, backend: matmul_wgrad.weight_gradient(
             g_t, x_t, unit_g, unit_x, factor=factor, row_map=order, accumulate=accumulate, **out, backend=backend
         ),
-        limits={"grad": LIMIT[code], "square_sums": 1e-6 + 2 * LIMIT[code], "workspace": 0},
+        limits={"grad": LIMIT[code], "square_sums": 1e-6 + 2 * LIMIT[code]},
         exact=exact,
         exact_limits={"grad": 1e-6 + LIMIT[code]},
         matmul=(rows, columns, s.rows),

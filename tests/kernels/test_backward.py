@@ -254,3 +254,20 @@ def test_maxima_are_raised_never_lowered() -> None:
     )  # fmt: skip
     assert_same_bits("row maxima", row_max, dx.abs().amax(1))
     assert_same_bits("column maxima", column_max, torch.full((128,), 1e9))
+
+
+# -- how a contraction is split ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(264, (264, 1)), (800, (792, 7)), (200, (0, 5)), (1, (0, 7)), (0, (0, 1)), (528 + 250, (778, 1))],
+)
+def test_only_tiles_that_do_not_fill_a_wave_are_split(count: int, expected: tuple[int, int]) -> None:
+    assert matmul_wgrad.split_of(count, places=264, largest=8, room=1024) == expected
+
+
+def test_without_room_nothing_is_split() -> None:
+    assert matmul_wgrad.split_of(200, places=264, largest=8, room=0) == (200, 1)
+    alone, parts = matmul_wgrad.split_of(200, places=264, largest=8, room=450)
+    assert (200 - alone) * parts <= 450
