@@ -38,7 +38,7 @@ SEEDS = 2
 
 def add_parser(subparsers: Any) -> None:
     """Describe the bench."""
-    from tscale_fed.bench.options import count
+    from tscale_fed.bench.options import count, positive
 
     parser = subparsers.add_parser("ablation", help="this block and optimizer against a plain modern block", allow_abbrev=False)
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to learn, plain, .xz or .gz (without: says how to build it)")
@@ -50,6 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--warmup", type=count, default=100, metavar="N", help="steps over which the rate rises (default: %(default)s)")
     parser.add_argument("--seeds", type=count, default=SEEDS, metavar="N", help="start weights and fragments 1..N (default: %(default)s)")
     parser.add_argument("--extra-rates", type=int, default=MOST_EXTRA_RATES, metavar="N", help="beyond the edge at most (default: 3)")
+    parser.add_argument("--seconds", type=positive, default=3600.0, metavar="S", help="no further row begins after so long (default: 3600)")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="result file (default: docs/bench/ablation.json)")
 
@@ -84,6 +85,9 @@ def run(arguments: argparse.Namespace) -> int:
         return last.test
 
     for row in dict.fromkeys(arguments.rows):
+        if progress.seconds > arguments.seconds:
+            progress.say(f"{row}: left out, the {arguments.seconds:g} seconds are over")
+            continue
         best = search(ROWS[row], arguments.extra_rates, partial(one, row, seed=1))
         for seed in range(2, arguments.seeds + 1):
             one(row, best, seed)
