@@ -2,7 +2,7 @@
 
 With lin(n, W) = n W^T / sqrt(E) and, per group of 128 output channels, root = RMS of the group (normalise.py):
     project:  query, key = codes of rotate(lin / root);  gate, value = codes of lin / root;  all four roots are stored
-    expand:   hidden = codes of lin / root;  active = relu(hidden);  the root is stored
+    expand:   hidden = codes of lin / root (int8: never 0 for a negative number);  active = codes of relu(lin / root);  the root is stored
 The model does not divide keys by their root (only their codes are of unit RMS): attention multiplies it back. Rotation turns the adjacent
 channels 2p, 2p + 1 of a head, p = 0..63, by cosine[t, p], sine[t, p] (that is the row order of packed weights; the model's pairing is
 (k, k + 32), see tscale_fed/model/rotary.py); t = row modulo tokens. Turning keeps the RMS, so it is applied to the normalised vector.
@@ -55,9 +55,14 @@ def ref_rotate(values: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 def ref_expand(n: Tensor, w: Tensor, unit: Tensor, *, hidden: Tensor, active: Tensor, rms: Tensor) -> None:
     """See `expand`."""
     scaled, root = ref_normalise(ref_product(n, w), vector_scale(hidden.dtype))
-    hidden.copy_(encode(scaled, hidden.dtype))
+    hidden.copy_(encode(ref_keep_sign(scaled) if hidden.dtype == torch.int8 else scaled, hidden.dtype))
     active.copy_(encode(scaled.relu(), active.dtype))
     rms.copy_(root.T * (unit * lin_factor(n)))
+
+
+def ref_keep_sign(scaled: Tensor) -> Tensor:
+    """Numbers between -1 and 0 become -1: int8 has no code for them that relu's derivative could tell from a positive one."""
+    return torch.where(scaled < 0, scaled.clamp(max=-1.0), scaled)
 
 
 def lin_factor(n: Tensor) -> float:
@@ -137,7 +142,8 @@ if has_triton():
         sums = product_tile(n, w, row, column, 0, width // BK, width, width, BR, BC, BK, ACC, TMA).to(tl.float32)
         scaled, root = normalise_tile(sums, scale, BR, BC)
         store_roots(rms, root * (tl.load(unit) * factor), row, column, rows, BR, BC)
-        store_tile(hidden, row, column, columns, encode_tile(scaled, CODE), BR, BC, TMA)
+        signed = tl.where(scaled < 0, tl.minimum(scaled, -1.0), scaled) if CODE == tl.int8 else scaled  # ref_keep_sign
+        store_tile(hidden, row, column, columns, encode_tile(signed, CODE), BR, BC, TMA)
         store_tile(active, row, column, columns, encode_tile(tl.maximum(scaled, 0.0), CODE), BR, BC, TMA)
 
 
