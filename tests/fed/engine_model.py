@@ -20,6 +20,7 @@ from tscale_fed.model.combiner import combine_ref
 from tscale_fed.model.forward import Model
 from tscale_fed.model.normalise import normalise_ref
 from tscale_kernels.codes import encode, vector_scale, weight_scale
+from tscale_kernels.matmul_norm import ref_keep_sign
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
@@ -64,7 +65,10 @@ def rounded_loss(model: Model, batch: StepBatch, doc_start_token: int | None, pr
         value = coded(heads(normalise_ref(linear(n, layer + "value"))), precision.value_code)
         attended = coded(attention_ref(query, key, value, width, slope, document), torch.bfloat16)
         x = x + linear(coded(combine_ref(gate, attended), code), layer + "combiner")
-        hidden = coded(normalise_ref(linear(coded(normalise_ref(x), code), layer + "ffn_up")), code)
+        wide = normalise_ref(linear(coded(normalise_ref(x), code), layer + "ffn_up"))
+        if code == torch.int8:
+            wide = wide + (ref_keep_sign(wide * vector_scale(code)) / vector_scale(code) - wide).detach()
+        hidden = coded(wide, code)
         x = x + linear(torch.where(hidden >= 0, hidden, 0.0), layer + "ffn_down")
     logits = linear(coded(normalise_ref(x), code), "final") + math.log(2.0) * model.bias2
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=-1, reduction="sum")

@@ -20,6 +20,7 @@ from tscale_fed.model.normalise import normalise_ref
 from tscale_fed.model.rotary import rotary_table, rotate
 from tscale_fed.model.shape import ModelShape
 from tscale_kernels.codes import encode, vector_scale
+from tscale_kernels.matmul_norm import ref_keep_sign
 
 
 def rounded(x: Tensor, code: torch.dtype) -> Tensor:
@@ -58,5 +59,8 @@ def _layer(x: Tensor, weights: Mapping[str, Tensor], kind: tuple[int, float], ta
     # For the combiner's gradient the engine remakes products, without the rounding to codes that the forward pass has.
     exact = _linear(products, weights["combiner"])
     x = x + exact + (_linear(rounded(products, code), weights["combiner"]) - exact).detach()
-    hidden = rounded(normalise_ref(_linear(rounded(normalise_ref(x), code), weights["ffn_up"])), code)
+    wide = normalise_ref(_linear(rounded(normalise_ref(x), code), weights["ffn_up"]))
+    if code == torch.int8:
+        wide = wide + (ref_keep_sign(wide * vector_scale(code)) / vector_scale(code) - wide).detach()
+    hidden = rounded(wide, code)
     return x + _linear(hidden * (hidden >= 0), weights["ffn_down"])  # unlike relu's, this derivative is 1 at 0: the engine's rule
