@@ -48,6 +48,19 @@ SPILLS: dict[tuple[str, int], tuple[int, str]] = {
 WITHOUT_DESCRIPTORS: dict[str, str] = {}
 """Kernels of matrix-product cases that read operands through pointers on every card, and why."""
 
+QUICK = {
+    90: [
+        "project int8", "expand int8", "add_normalise int8 combiner", "attend int8", "attend local int8", "attend_width1 int8",
+        "head_gradient int8", "through_relu_norm int8", "through_norm_add int8 joined", "to_input int8", "products_backward int8",
+        "attend_backward int8", "attend_backward_width1 int8", "weight_gradient projection int8", "weight_gradient ffn_down int8",
+        "rows_and_transpose int8 joined", "transpose_scaled int8", "transpose_products int8", "pack_weights int8", "embed_normalise int8",
+        "embedding_gradient fp32", "optimizer_step",
+    ],
+    80: ["add_normalise int8 combiner", "weight_gradient ffn_down int8"],
+    89: ["project e4m3", "attend int8"],
+    120: ["expand e4m3"],
+}  # fmt: skip
+"""Card -> cases that the default test suite compiles for it, one or two of each kernel."""
 FAULT = "  FAULT"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"\b((?:UTC)?[IQHO]G?MMA|UTMALDG|UTMASTG|LDGSTS|LDL|STL)\b")
@@ -215,10 +228,20 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("modules", nargs="*", help="cases modules (all)")
     parser.add_argument("--cards", nargs="*", type=int, default=list(CARDS), choices=CARDS)
     parser.add_argument("--only", nargs="*", default=[], metavar="WORD", help="cases whose name contains one of the words")
+    parser.add_argument("--quick", action="store_true", help="one or two cases of each kernel, for one or two cards")
     parser.add_argument("--timed", action="store_true", help="leave out cases that only check odd shapes")
     parser.add_argument("--processes", type=int, default=usable_processes())
     parser.add_argument("--part", type=int, default=None, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def chosen_cases(options: argparse.Namespace) -> list[tuple[str, Builder, tuple[int, ...]]]:
+    """Cases and the cards to compile them for. Raises ValueError if QUICK names a case that does not exist."""
+    if not options.quick:
+        cases = load_cases(options.modules or found_modules(), options.only)
+        return [(name, build, tuple(options.cards)) for name, build in cases.items()]
+    cards = {name: tuple(card for card, names in QUICK.items() if name in names) for names in QUICK.values() for name in names}
+    return [(name, build, cards[name]) for name, build in load_cases(found_modules(), [f"={name}" for name in cards]).items()]
 
 
 def run_part(options: argparse.Namespace) -> int:
@@ -226,9 +249,8 @@ def run_part(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     seen: set[str] = set()
     faults = 0
-    cases = list(load_cases(options.modules or found_modules(), options.only).items())
-    for name, build in cases[options.part :: options.processes]:
-        for result in compile_case(name, build, tuple(options.cards), seen, options.timed):
+    for name, build, cards in chosen_cases(options)[options.part :: options.processes]:
+        for result in compile_case(name, build, cards, seen, options.timed):
             wrong = [result] if isinstance(result, str) else result.faults()
             faults += len(wrong)
             print("\n".join([*([] if isinstance(result, str) else [result.line()]), *(f"{FAULT} {fault}" for fault in wrong)]), flush=True)
