@@ -139,6 +139,21 @@ if has_triton():
             return position < length
 
     @triton.jit
+    def opaque_zero(rms):  # type: ignore[no-untyped-def]
+        """int32 0, which the compiler cannot know; rms: a pointer to numbers >= 0. Positions that are computed with it after a loop do not
+        take registers during the loop."""
+        return (tl.load(rms) < 0).to(tl.int32)
+
+    @triton.jit
+    def held(tile, zero):  # type: ignore[no-untyped-def]
+        """The same tile as a result of arithmetic: as the left operand of products it waits in registers, not in shared memory, whose
+        bandwidth is what bounds products of 64 columns on sm_90. LEFT = 2 in the launch table asks for it, 1 does not."""
+        if tile.dtype == tl.int8:
+            return tile + zero.to(tl.int8)
+        else:
+            return (tile.to(tl.float32) + zero.to(tl.float32)).to(tile.dtype)
+
+    @triton.jit
     def score_tile(a, b):  # type: ignore[no-untyped-def]
         """a [R, 128] times b [C, 128] transposed, exact for int8 -> fp32 [R, C]."""
         if a.dtype == tl.int8:
@@ -198,11 +213,22 @@ if has_triton():
 
     @triton.jit
     def small_to_float(x):  # type: ignore[no-untyped-def]
-        """Codes -> fp32. int8 goes through bf16 (exact), for which triton has three fast instructions; int8 to fp32 is a slow one."""
+        """Codes -> fp32. int8 is put into the low bits of 1.5 * 2**23 and that is subtracted: the conversion instruction is far slower."""
         if x.dtype == tl.int8:
-            return x.to(tl.bfloat16).to(tl.float32)
+            return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
         else:
             return x.to(tl.float32)
+
+    @triton.jit
+    def encode_product(a, b, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """`encode_tile` of a * b, fp32. int8: 1.5 * 2**23 is added to the exact product, which rounds it to the nearest even integer and
+        leaves that in the low bits: 4 instructions an element instead of 7, among them a slow one."""
+        if CODE == tl.int8:
+            shifted = tl.fma(a, b, tl.full(a.shape, 12582912.0, tl.float32))
+            limited = tl.minimum(tl.maximum(shifted, 12582912.0 - 128.0), 12582912.0 + 127.0)
+            return limited.to(tl.int32, bitcast=True).to(tl.int8)
+        else:
+            return encode_tile(a * b, CODE)
 
     @triton.jit
     def store_products(out_tile, gate, products, o_row, m_row, head, heads, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -212,16 +238,17 @@ if has_triton():
         p_product = products + o_row[:, None].to(tl.int64) * (heads * 512) + head * 512 + o_channel[None, :]
         for i in tl.static_range(4):
             gate_tile = small_to_float(tl.load(gate + o_gate + (i * 32 + o_channel % 32)[None, :], mask=m_row[:, None]))
-            tl.store(p_product + i * 128, encode_tile(gate_tile * out_tile, CODE), mask=m_row[:, None])
+            tl.store(p_product + i * 128, encode_product(gate_tile, out_tile, CODE), mask=m_row[:, None])
 
     @triton.jit
     def attend_kernel(  # type: ignore[no-untyped-def]
         query, key, value, key_rms, gate, document_start, out, log_sum, products,
         rows, tokens, heads, width, slope, logit_scale, value_scale,
         BQ: tl.constexpr, BKV: tl.constexpr, EDGES: tl.constexpr, SLOPED: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
-        EVEN: tl.constexpr, CODE: tl.constexpr,
+        EVEN: tl.constexpr, CODE: tl.constexpr, LEFT: tl.constexpr = 1,
     ):  # fmt: skip
-        """See `attend`. query [BQ, 128], key and value [BKV, 128] descriptors or pointers; EDGES as `edges`, EVEN as `is_even` says."""
+        """See `attend`. query [BQ, 128], key and value [BKV, 128] descriptors or pointers; EDGES as `edges`, EVEN as `is_even`, LEFT as
+        `held` says."""
         block, head, fragment = program_place(tl.cdiv(tokens, BQ), heads)
         row = fragment * tokens
         length = min(tokens, rows - row)
@@ -236,6 +263,8 @@ if has_triton():
             first_start = tl.load(document_start + row + first_query)
         first, edge_end, inner_end, last = key_ranges(first_query, length, first_start, width, BQ, BKV, EDGES)
         query_tile = load_head(query, row + first_query, head, heads, rows, BQ, TMA)
+        if LEFT == 2:
+            query_tile = held(query_tile, opaque_zero(key_rms))
         shift = slope * (o_query - first_query).to(tl.float32)
         peak, total, result = shift, tl.full((BQ,), 1.0, tl.float32), tl.zeros((BQ, 128), tl.float32)
         head_rms = key_rms + head.to(tl.int64) * rows
@@ -279,6 +308,12 @@ def is_even(rows: int, tokens: int, block: int) -> bool:
     return tokens % block == 0 and rows % tokens == 0
 
 
+def loads_by_descriptor(device: torch.device) -> bool:
+    """Whether attention takes descriptors on `device`. On sm_120, which multiplies from registers, what a descriptor loaded before the loop
+    would stay in registers and spill."""
+    return uses_tma(device) and capability(device)[0] in (9, 10)
+
+
 def operation(name: str, tokens: int, width: int) -> str:
     """Row of the launch table: windows much shorter than a fragment have their own."""
     return f"{name}_local" if width < tokens and width <= LOCAL_WIDTH else name
@@ -290,7 +325,7 @@ def _launch_attend(
 ) -> None:  # fmt: skip
     rows, heads = query.shape[0], query.shape[1] // HEAD_CHANNELS
     config = launch(operation("attend", tokens, width), capability(query.device), query.dtype)
-    tma, documents = uses_tma(query.device), document_start is not None
+    tma, documents = loads_by_descriptor(query.device), document_start is not None
     block_queries, block_keys = config["BQ"], config["BKV"]
     logit_scale = LOGIT_SCALE / math.log(2.0) / (codes.vector_scale(query.dtype) * codes.vector_scale(key.dtype))
     grid = (triton.cdiv(tokens, block_queries) * heads * triton.cdiv(rows, tokens),)

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from tscale_kernels import codes
-from tscale_kernels.attention import LOGIT_SCALE, by_fragment, edges, fragments_per_chunk, is_even, operation, ref_logits
+from tscale_kernels.attention import (
+    LOGIT_SCALE,
+    by_fragment,
+    edges,
+    fragments_per_chunk,
+    is_even,
+    loads_by_descriptor,
+    operation,
+    ref_logits,
+)
 from tscale_kernels.dispatch import BackendName, choose, has_triton
 from tscale_kernels.head_gradient import (
     HEAD_CHANNELS,
@@ -100,9 +109,9 @@ if has_triton():
     import triton
     import triton.language as tl
 
-    from tscale_kernels.attention import key_ranges, load_head, program_place, row_mask, score_tile, sees, small_to_float
+    from tscale_kernels.attention import held, key_ranges, load_head, opaque_zero, program_place, row_mask, score_tile, sees, small_to_float
     from tscale_kernels.head_gradient import rotate_back, store_gradient, through_normalise
-    from tscale_kernels.tiles import capability, operand, uses_tma
+    from tscale_kernels.tiles import capability, operand
 
     @triton.jit
     def query_gradient_blocks(  # type: ignore[no-untyped-def]
@@ -134,10 +143,10 @@ if has_triton():
         units, token_weight, d_projected, row_max, column_max,
         rows, tokens, heads, width, slope, logit_scale, score_scale, query_scale, value_scale,
         BQ: tl.constexpr, BKV: tl.constexpr, EDGES: tl.constexpr, SLOPED: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
-        EVEN: tl.constexpr,
+        EVEN: tl.constexpr, LEFT: tl.constexpr = 1,
     ):  # fmt: skip
         """The query segment. query and d_out [BQ, 128], key and value [BKV, 128] descriptors or pointers; d_projected [BQ, 128] a
-        descriptor if TMA and EVEN."""
+        descriptor if TMA and EVEN. LEFT: see `held`."""
         block, head, fragment = program_place(tl.cdiv(tokens, BQ), heads)
         row = fragment * tokens
         length = min(tokens, rows - row)
@@ -153,6 +162,8 @@ if has_triton():
         first, edge_end, inner_end, last = key_ranges(first_query, length, first_start, width, BQ, BKV, EDGES)
         query_tile = load_head(query, row + first_query, head, heads, rows, BQ, TMA)
         d_out_tile = load_head(d_out, row + first_query, head, heads, rows, BQ, TMA)
+        if LEFT == 2:
+            query_tile, d_out_tile = held(query_tile, opaque_zero(rms)), held(d_out_tile, opaque_zero(rms))
         o_sum = head.to(tl.int64) * rows + o_row
         shift = tl.load(log_sum + o_sum, mask=m_row, other=0.0) + slope * (o_query - first_query).to(tl.float32)
         minus_delta = tl.load(delta + o_sum, mask=m_row, other=0.0) / -value_scale
@@ -172,6 +183,10 @@ if has_triton():
             query_tile, d_out_tile, result, shift, minus_delta, key, value, key_rms, o_query, start, inner_end, last,
             row, rows, head, heads, first_query, width, slope, logit_scale, BQ, BKV, True, SLOPED, DOCUMENTS, TMA,
         )  # fmt: skip
+        zero = opaque_zero(rms)
+        row, head, first_query = row + zero, head + zero, first_query + zero
+        o_query = first_query + tl.arange(0, BQ)
+        o_row, m_row = row + o_query, row_mask(o_query, length, EVEN)
         unit = small_to_float(load_head_codes(query_codes, o_row, m_row, head, heads)) * query_scale
         result = through_normalise(result * (score_scale * value_scale), unit, rms + head.to(tl.int64) * rows, o_row, m_row)
         result = rotate_back(result, cosine, sine, o_query, m_row, BQ)
@@ -271,14 +286,18 @@ if has_triton():
                 key_tile, value_tile, d_key, d_value, factor, query, d_out, head_sum, head_delta, document_start, o_key, inner_end, last,
                 row, rows, length, head, heads, first_key, width, slope, value_code, BQ, BKV, True, SLOPED, DOCUMENTS, TMA,
             )  # fmt: skip
-        d_key = rotate_back(d_key * (score_scale * value_scale), cosine, sine, o_key, m_row, BKV)
-        store_gradient(
-            d_key, d_projected, row_max, column_max, units, token_weight, row + first_key, o_row, m_row, 1, head, heads, TMA and EVEN,
-        )  # fmt: skip
+        zero = opaque_zero(rms)
+        row, head, first_key = row + zero, head + zero, first_key + zero
+        o_key = first_key + tl.arange(0, BKV)
+        o_row, m_row = row + o_key, row_mask(o_key, length, EVEN)
         unit = small_to_float(load_head(value, row + first_key, head, heads, rows, BKV, TMA)) * value_scale
         d_value = through_normalise(d_value, unit, rms + (3 * heads + head).to(tl.int64) * rows, o_row, m_row)
         store_gradient(
             d_value, d_projected, row_max, column_max, units, token_weight, row + first_key, o_row, m_row, 3, head, heads, TMA and EVEN,
+        )  # fmt: skip
+        d_key = rotate_back(d_key * (score_scale * value_scale), cosine, sine, o_key, m_row, BKV)
+        store_gradient(
+            d_key, d_projected, row_max, column_max, units, token_weight, row + first_key, o_row, m_row, 1, head, heads, TMA and EVEN,
         )  # fmt: skip
 
     @triton.jit
@@ -300,7 +319,7 @@ def _launch_attend_backward(
     tokens: int, width: int, slope: float, document_start: Tensor | None, store: SegmentStore,
 ) -> None:  # fmt: skip
     rows, heads = query.shape[0], query.shape[1] // HEAD_CHANNELS
-    tma, documents, start = uses_tma(query.device), document_start is not None, rms if document_start is None else document_start
+    tma, documents, start = loads_by_descriptor(query.device), document_start is not None, rms if document_start is None else document_start
     query_scale, key_scale, value_scale = (1.0 / codes.vector_scale(x.dtype) for x in (query, key, value))
     logit_scale = LOGIT_SCALE / math.log(2.0) * query_scale * key_scale
     sizes = (rows, tokens, heads, min(width, tokens), slope, logit_scale)
