@@ -66,6 +66,20 @@ def test_equal_engines_give_equal_bits() -> None:
     assert torch.equal(a.weights, b.weights)
 
 
+def test_sums_of_squares_of_the_optimizer_give_the_same_codes() -> None:
+    made = trained()
+    assert made._squares_known()
+    made._weights.pack(made.weights, squares_known=True)
+    known = [made._weights.units.clone(), made._weights.layers[2].combiner.codes.clone(), made._weights.final.codes.clone()]
+    made._weights.pack(made.weights)
+    fresh = [made._weights.units, made._weights.layers[2].combiner.codes, made._weights.final.codes]
+    assert all(torch.equal(a, b) for a, b in zip(known, fresh, strict=True))
+    made.weights[7:9].add_(0.1)
+    assert not made._squares_known()
+    made.step(batch_of(3), RATE)
+    assert made._squares_known()
+
+
 def test_changed_weights_are_seen_by_the_next_step() -> None:
     made = trained()
     before = made.loss(batch_of(7))

@@ -1,8 +1,9 @@
 """The engine: steps over the kernels, in buffers that are allocated once from the memory plan.
 
     step: per micro-batch copy its text in, run forward and backward (one CUDA graph) -> update -> read loss, peaks and flag, once
-The weights stay in fp32 in the flat buffer of `Parameters` and may be changed in place between steps: each step packs them anew. Any split
-in micro-batches gives the same arithmetic up to rounding (each has its own noise and its own scales of gradients).
+The weights stay in fp32 in the flat buffer of `Parameters` and may be changed between steps, in place and by torch's operations (torch does
+not notice changes through `.data` or NumPy): each step packs them anew. Any split in micro-batches gives the same arithmetic up to rounding
+(each has its own noise and its own scales of gradients).
 """
 
 from __future__ import annotations
@@ -117,11 +118,14 @@ class Engine:
         shape = self.parameters.shape
         gradients = Gradients(shape, self.parameters)
         self._gradients: WeightGradients = gradients
-        self._update: Update = DeviceUpdate(shape, self.parameters, self.optimizer, gradients, self._backend)
+        update = DeviceUpdate(shape, self.parameters, self.optimizer, gradients, self._backend)
+        self._weights.square_sums = update.packed_squares
+        self._squares_known = update.squares_known
+        self._update: Update = update
         self._table = self.parameters.views["embedding"].detach()
 
     def _runner(self, work: Work, check: FiniteCheck) -> Runner:
-        return Passes(work, self._gradients, self.parameters.flat, check, graphs=self._graphs)
+        return Passes(work, self._gradients, self.parameters.flat, check, graphs=self._graphs, squares_known=self._squares_known)
 
     # -- inside a step -----------------------------------------------------------------------------------------------
 

@@ -54,21 +54,23 @@ class PackedWeights:
         self._codes = torch.empty(plan.elements, dtype=code, device=device)
         self._codes_t = torch.empty(plan.transposed_elements, dtype=code, device=device)
         self.units = torch.zeros(plan.units, dtype=torch.float32, device=device)
-        self._square_sums = torch.zeros(plan.blocks, dtype=torch.float64, device=device)
+        self.square_sums = torch.zeros(plan.blocks, dtype=torch.float64, device=device)
+        """Of the weights, block by block; whoever changes the weights may write the new sums (a view of) here, see `pack`."""
         matrices = [self._matrix(index) for index in range(len(plan.matrices))]
         self.final = matrices[0]
         self.layers = [LayerMatrices(*matrices[first : first + PER_LAYER]) for first in range(1, len(matrices), PER_LAYER)]
 
-    def pack(self, flat: Tensor, backend: BackendName | None = None) -> None:
-        """Codes of the weights `flat`, fp32 [parameters] on the same device."""
+    def pack(self, flat: Tensor, backend: BackendName | None = None, squares_known: bool = False) -> None:
+        """Codes of the weights `flat`, fp32 [parameters] on the same device. squares_known: `square_sums` are those of `flat`."""
         pack_weights(
-            flat, self.plan, codes=self._codes, codes_t=self._codes_t, units=self.units, square_sums=self._square_sums, backend=backend
-        )
+            flat, self.plan, codes=self._codes, codes_t=self._codes_t, units=self.units, square_sums=self.square_sums,
+            sums_known=squares_known, backend=backend,
+        )  # fmt: skip
 
     @property
     def bytes(self) -> int:
         """Of all buffers."""
-        return sum(each.numel() * each.element_size() for each in (self._codes, self._codes_t, self.units, self._square_sums))
+        return sum(each.numel() * each.element_size() for each in (self._codes, self._codes_t, self.units, self.square_sums))
 
     def _matrix(self, index: int) -> Matrix:
         transposed = self.plan.transposed_of(self._codes_t, index) if self.plan.matrices[index].transposed else None

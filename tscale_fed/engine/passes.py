@@ -1,13 +1,14 @@
 """One micro-batch, forward and backward, as CUDA graphs on a GPU and step by step elsewhere.
 
-Two passes differ: the first of a step packs the weights anew and overwrites the gradient, each further one adds to it. A graph is captured
-after one run that compiles the kernels; both are captured before the first step counts, so what that run leaves behind is overwritten.
+Two passes differ: the first of a step, before which the weights are packed anew, overwrites the gradient, each further one adds to it. A
+graph is captured after one run that compiles the kernels; all are captured before the first step counts, so what these runs leave behind is
+overwritten.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from tscale_fed.engine.finite import FiniteCheck
 from tscale_fed.engine.forward import Work, forward
 from tscale_fed.engine.gradients import WeightGradients
 from tscale_kernels.head import loss
+
+Part = Literal["pack known", "pack", "first", "further"]
+"""What is captured, in this order: weights to codes (with sums of squares at hand, or without), the first micro-batch of a step, others."""
 
 
 class Runner(Protocol):
@@ -42,49 +46,67 @@ class Runner(Protocol):
 class Passes:
     """A `Runner` over the buffers of `work`, with weights and gradient on the device."""
 
-    def __init__(self, work: Work, gradients: WeightGradients, flat: Tensor, check: FiniteCheck, *, graphs: bool) -> None:
-        """`flat`: fp32 [parameters], the live weights; graphs: capture CUDA graphs at the first run."""
+    def __init__(
+        self,
+        work: Work,
+        gradients: WeightGradients,
+        flat: Tensor,
+        check: FiniteCheck,
+        *,
+        graphs: bool,
+        squares_known: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """`flat`: fp32 [parameters], the live weights; squares_known: whether `work.weights` has the sums of their squares already; graphs:
+        capture CUDA graphs at the first run."""
         ones = torch.ones(1, device=flat.device)
         self._work = work
-        self._flat = flat
         self._check = check
-        self._first = BackwardWork(work, gradients, ones, accumulate=False)
-        self._further = BackwardWork(work, gradients, ones, accumulate=True)
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] | None = {} if graphs else None
+        self._squares_known = squares_known
+        first = BackwardWork(work, gradients, ones, accumulate=False)
+        further = BackwardWork(work, gradients, ones, accumulate=True)
+        self._functions: dict[Part, Callable[[], None]] = {
+            "pack known": lambda: work.weights.pack(flat, work.backend, squares_known=True),
+            "pack": lambda: work.weights.pack(flat, work.backend),
+            "first": lambda: self._run(first),
+            "further": lambda: self._run(further),
+        }
+        self._graphs: dict[Part, torch.cuda.CUDAGraph] | None = {} if graphs else None
 
     def prepared(self, several: bool) -> bool:
-        return self._graphs is None or (False in self._graphs and (True in self._graphs or not several))
+        return self._graphs is None or ("further" if several else "first") in self._graphs
 
     def prepare(self, several: bool) -> None:
         if self._graphs is None:
             return
-        for accumulate in (False, True) if several else (False,):
-            if accumulate not in self._graphs:
-                self._graphs[accumulate] = capture(lambda accumulate=accumulate: self._run(accumulate))  # type: ignore[misc]
+        for part, function in self._functions.items():
+            if part not in self._graphs and (part != "further" or several):
+                self._graphs[part] = capture(function)
 
     def run(self, accumulate: bool) -> None:
-        if self._graphs is None:
-            self._run(accumulate)
-        else:
-            self._graphs[accumulate].replay()
+        if not accumulate:
+            self._do("pack known" if self._squares_known() else "pack")
+        self._do("further" if accumulate else "first")
 
     def score(self) -> None:
-        self._begin()
+        self._functions["pack"]()
+        self._check.peaks.zero_()
+        self._work.buffers.loss_sum.zero_()
         forward(self._work)
         score_loss(self._work)
 
-    def _begin(self) -> None:
-        self._work.weights.pack(self._flat, self._work.backend)
-        self._work.buffers.loss_sum.zero_()
-        self._check.peaks.zero_()
+    def _do(self, part: Part) -> None:
+        if self._graphs is None:
+            self._functions[part]()
+        else:
+            self._graphs[part].replay()
 
-    def _run(self, accumulate: bool) -> None:
-        work = self._work
-        if not accumulate:
-            self._begin()
-        forward(work)
-        backward(self._further if accumulate else self._first)
-        self._check.note(work)
+    def _run(self, work: BackwardWork) -> None:
+        if not work.accumulate:
+            self._check.peaks.zero_()
+            self._work.buffers.loss_sum.zero_()
+        forward(self._work)
+        backward(work)
+        self._check.note(self._work)
 
 
 def score_loss(work: Work) -> None:

@@ -48,6 +48,8 @@ class DeviceUpdate:
         self._gradients = gradients
         self._backend = backend
         self._scalars = torch.zeros(4, device=device)
+        self._weight_squares = torch.zeros(self._plan.blocks, dtype=torch.float64, device=device)
+        self._weights_version: int | None = None
         self.bad_matrix = torch.full((1,), ALL_FINITE, dtype=torch.int32, device=device)
 
     def launch(self, rate: float, peaks: Tensor, loss_sum: Tensor) -> None:
@@ -58,8 +60,19 @@ class DeviceUpdate:
         self.bad_matrix.copy_(torch.where(fine, ALL_FINITE, -1))
         optimizer_step(
             self._parameters.flat, optimizer.momentum, self._parameters.flat_grad, self._plan, scalars=self._scalars,
-            moment_sums=optimizer.moment_sums, bad_matrix=self.bad_matrix, square_sums=self._gradients.square_sums, backend=self._backend,
+            moment_sums=optimizer.moment_sums, bad_matrix=self.bad_matrix, square_sums=self._gradients.square_sums,
+            weight_squares=self._weight_squares, backend=self._backend,
         )  # fmt: skip
+        self._weights_version = self._parameters.flat._version
+
+    @property
+    def packed_squares(self) -> Tensor:
+        """fp64: sums of squares of the weights after the last update, of all matrices but the embedding: what `PackedWeights` takes."""
+        return self._weight_squares[self._plan.matrices[0].span.blocks :]
+
+    def squares_known(self) -> bool:
+        """Whether nobody has changed the weights since the last update. torch counts the changes that its operations make in place."""
+        return self._parameters.flat._version == self._weights_version
 
     def verdict(self, bad_matrix: int) -> str | None:
         if bad_matrix == ALL_FINITE:
