@@ -2,8 +2,9 @@
 
 Enters: a shape, start weights, batches on the device. Leaves: loss sums and updated weights. fp32 master weights; a copy in the dtype of
 the products, written by the optimizer's pass, so nothing is cast twice; layers compiled per kind; the loss in large compiled chunks, with
-its gradient; gradients of micro-batches added in fp32; on CUDA a whole step is one CUDA graph. The vocabulary is padded to a multiple of
-128, which the final layer's products need to be fast. Documents are not told apart.
+its gradient; gradients of micro-batches added in fp32. The vocabulary is padded to a multiple of 128, which the final layer's products
+need to be fast. Documents are not told apart. Launches are not recorded as a CUDA graph (torch 2.11's autograd hooks refuse): at 1.5 billion
+weights the GPU is never short of them, a small model is slower than it could be.
 
 Its flat order is its own: embedding, final layer, then per layer [query key gate value], combiner, feed-forward up, down.
 """
@@ -66,11 +67,10 @@ class CompiledBaseline:
         labels: int = 1,
         local: LocalWay = "flex",
         compiled: bool = True,
-        graphs: bool = True,
         rule: RuleNumbers | None = None,
     ) -> None:
         """`start`: fp32 [parameters] in canonical order, on any device. `bias2` [V] in base-2 units. `labels`: K, 3 with noise rows.
-        `compiled`, `graphs`: only on CUDA.
+        `compiled`: only on CUDA.
 
         Raises ValueError if the micro-batches do not divide the fragments.
         """
@@ -79,13 +79,11 @@ class CompiledBaseline:
         self.shape, self.device, self.compute = shape, device, compute
         self._micro = fragments // micro_batches
         self._compiled = compiled and device.type == "cuda"
-        self._graphs = graphs and self._compiled
         if self._compiled:
             torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         self._padded_vocab = -(-shape.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self._bias = torch.full((self._padded_vocab,), MASKED_BIAS, device=device)
         self._bias[: shape.vocab] = bias2.to(device) * math.log(2.0)
-        self._side = torch.cuda.Stream(device) if self._graphs else None
         self._make_buffers(start)
         self.rule = FlatRule(self._matrices, rule or RuleNumbers(), compiled=self._compiled)
         self.rule.refresh_shadows()
@@ -99,7 +97,6 @@ class CompiledBaseline:
         self._signs = torch.tensor([1.0, 1.0, -1.0][:labels], device=device)
         self._target = torch.full((fragments, tokens), -1, dtype=torch.int64, device=device)
         self._loss_sum = torch.zeros((), device=device)
-        self._graph: torch.cuda.CUDAGraph | None = None
 
     # -- what benches call ---------------------------------------------------------------------------------------------
 
@@ -110,13 +107,8 @@ class CompiledBaseline:
         labels, _ = input_labels(self.shape, text, token_keep, noise)
         self._labels.copy_(labels)
         self._target.copy_(target)
-        if self._graphs and self._graph is None:
-            self._capture()
         self.rule.set_numbers(rate)
-        if self._graph is None:
-            self._whole_step()
-        else:
-            self._graph.replay()
+        self._whole_step()
         return self._loss_sum.clone()
 
     def losses(self, batches: Sequence[tuple[Tensor, Tensor]], weights: Tensor | None = None) -> Tensor:
@@ -192,9 +184,7 @@ class CompiledBaseline:
                 gradient.add_(leaf.grad)
             leaf.grad = None
 
-        # Autograd accumulates on the stream on which the hook was registered: it must be the one that is captured.
-        with torch.cuda.stream(self._side):
-            leaf.register_post_accumulate_grad_hook(take)
+        leaf.register_post_accumulate_grad_hook(take)
         return leaf
 
     def _load(self, weights: list[Tensor], start: Tensor) -> None:
@@ -222,24 +212,6 @@ class CompiledBaseline:
 
     def _compile(self, function: Function) -> Function:
         return cast(Function, torch.compile(function, dynamic=False)) if self._compiled else function
-
-    def _capture(self) -> None:
-        """Compile everything on a side stream with rate 0, forget what that did, record the graph."""
-        side = self._side
-        assert side is not None
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.rule.set_numbers(0.0)
-                self._whole_step()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            self._whole_step()
-        self.rule.reset()
-        self._graph = graph
 
     def _whole_step(self) -> None:
         self._loss_sum.zero_()

@@ -104,7 +104,7 @@ class BaselineRow:
         self._batches, self._device = batches, sizes.device
         self._model = CompiledBaseline(
             sizes.shape, start, torch.zeros(sizes.shape.vocab), fragments=sizes.fragments, tokens=sizes.tokens, device=sizes.device,
-            micro_batches=self._micro_batches, local=options.local, graphs=options.graphs,
+            micro_batches=self._micro_batches, local=options.local,
         )  # fmt: skip
 
     def step(self, index: int, rate: float) -> Tensor:
