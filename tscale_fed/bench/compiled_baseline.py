@@ -3,7 +3,7 @@
 Enters: a shape, start weights, batches on the device. Leaves: loss sums and updated weights. fp32 master weights; a copy in the dtype of
 the products, written by the optimizer's pass, so nothing is cast twice; layers compiled per kind; the loss in large compiled chunks, with
 its gradient; gradients of micro-batches added in fp32. The vocabulary is padded to a multiple of 128, which the final layer's products
-need to be fast. Documents are not told apart. Launches are not recorded as a CUDA graph (torch 2.11's autograd hooks refuse): at 1.5 billion
+need to be fast. Documents are not told apart. Launches are not recorded as a CUDA graph (autograd hooks of torch 2.11 refuse): at 1.5e9
 weights the GPU is never short of them, a small model is slower than it could be.
 
 Its flat order is its own: embedding, final layer, then per layer [query key gate value], combiner, feed-forward up, down.
