@@ -6,6 +6,9 @@ Map of the room, in reading order:
     flat_blocks.py    blocks of a flat buffer, and sums of squares that are the same on every machine
     pack_weights.py   fp32 weights of a whole model to codes, transposed codes and units (pack_plan.py: its tables)
     embedding.py      labels to the start state and its codes; the gradient of the embedding
+    attention.py      attention and the combiner's input; attention_width1.py: the same for layers that see one token
+    kv_product.py     backward of the combiner's input; attention_backward.py, attention_backward_width1.py: of attention
+    head_gradient.py  the last step of all of these: normalise, rotation, maxima for the quantiser
     head.py           final layer, loss and their gradients without stored logits
     optimizer_step.py second moments, momentum and weights in one pass (update_plan.py: its tables)
     host_update.py    the same update, and codes, for weights in host memory (host_native.py builds host_update.c)
