@@ -4,6 +4,7 @@
 token_scale is the inverse of the weights that the gradient side was multiplied with (`balance.py`), so the two cancel in the product.
 x is a normalised operand (`transpose_scaled`, optionally with the ReLU of it) or the products of gate and attention result
 (`transpose_products`, made again here, not rounded in between). bf16 codes have unit 1.
+Without a token_scale the codes of the products are those that the forward pass made, transposed: one pass, no maxima.
 
 Rows of the transposed products are in the canonical order of the combiner's columns: row h*512 + r*128 + z holds
 gate[h, z XOR r] * out[h, z], in natural channels z. (Gate and result come in blocked order, see tscale_fed/model/combiner.py; a transpose
@@ -35,14 +36,19 @@ def ref_transpose_scaled(x: Tensor, *, token_scale: Tensor, relu: bool, codes_t:
 
 
 def ref_transpose_products(
-    gate: Tensor, out: Tensor, *, token_scale: Tensor, codes_t: Tensor, column_max: Tensor, column_unit: Tensor
+    gate: Tensor, out: Tensor, *, token_scale: Tensor | None, codes_t: Tensor, column_max: Tensor | None, column_unit: Tensor
 ) -> None:
     """See `transpose_products`."""
     rows = gate.shape[0]
     gate_blocks = gate.float().view(rows, -1, _REPLICAS, 1, _BLOCK)
-    out_blocks = (out.float() * token_scale[:, None]).view(rows, -1, 1, _REPLICAS, _BLOCK)
-    products = (gate_blocks * out_blocks).flatten(1)  # [M, (h, i, j, m)]
+    scaled_out = out.float() if token_scale is None else out.float() * token_scale[:, None]
+    products = (gate_blocks * scaled_out.view(rows, -1, 1, _REPLICAS, _BLOCK)).flatten(1)  # [M, (h, i, j, m)]
     canonical = products.index_select(1, _kernel_columns(codes_t.shape[0], gate.device))
+    if token_scale is None:
+        column_unit.fill_(1.0 / vector_scale(gate.dtype))
+        codes_t.copy_(encode(canonical, codes_t.dtype).T)
+        return
+    assert column_max is not None
     _ref_transpose(canonical, vector_scale(gate.dtype), codes_t, column_max, column_unit)
 
 
@@ -74,6 +80,7 @@ if has_triton():
     import triton
     import triton.language as tl
 
+    from tscale_kernels.attention import encode_product, small_to_float
     from tscale_kernels.codes import encode_tile
     from tscale_kernels.quantize import factor_of, size_bits
 
@@ -168,6 +175,41 @@ if has_triton():
                 product = product_of(gate, out, token_scale, tile * BM + token, column[None, None, :], block, N)
                 store_transposed(product * factor, codes_t, row, M, tile * BM, CODE, BM, BN)
 
+    @triton.jit
+    def plain_products_kernel(  # type: ignore[no-untyped-def]
+        gate, out, codes_t, column_unit, M, N, unit,
+        CODE: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+    ):  # fmt: skip
+        """Program (h, j): the 512 products of a head, without a token scale, in row tiles j * STEPS .. + STEPS. Every number is read once,
+        CHANNELS neighbouring ones by a thread, which so has R neighbouring tokens: whole words for the exchange between threads."""
+        head = tl.program_id(0)
+        if tl.program_id(1) == 0:
+            tl.store(column_unit + head * 512 + tl.arange(0, 512), tl.full((512,), 1.0, tl.float32) * unit)
+        token = tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
+        channel = head * 128 + tl.max_contiguous(tl.arange(0, 32), CHANNELS)[None, None, :]
+        first = tl.program_id(1) * STEPS
+        for tile in range(first, min(first + STEPS, M // BM)):
+            at = (tile * BM + token).to(tl.int64) * N + channel
+            gate0, gate1 = small_to_float(tl.load(gate + at)), small_to_float(tl.load(gate + at + 32))
+            gate2, gate3 = small_to_float(tl.load(gate + at + 64)), small_to_float(tl.load(gate + at + 96))
+            out0, out1 = tl.load(out + at).to(tl.float32), tl.load(out + at + 32).to(tl.float32)
+            out2, out3 = tl.load(out + at + 64).to(tl.float32), tl.load(out + at + 96).to(tl.float32)
+            to = codes_t + head.to(tl.int64) * 512 * M + tile * BM
+            store_products_transposed(to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, M, CODE, BM)
+            store_products_transposed(to + 128 * M, gate1, gate0, gate3, gate2, out0, out1, out2, out3, M, CODE, BM)
+            store_products_transposed(to + 256 * M, gate2, gate3, gate0, gate1, out0, out1, out2, out3, M, CODE, BM)
+            store_products_transposed(to + 384 * M, gate3, gate2, gate1, gate0, out0, out1, out2, out3, M, CODE, BM)
+
+    @triton.jit
+    def store_products_transposed(  # type: ignore[no-untyped-def]
+        to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, M, CODE: tl.constexpr, BM: tl.constexpr
+    ):
+        """Codes of gate_j * out_j, fp32 tiles [R, BM / R, 32], to rows 4m + j and columns 0 .. BM of the matrix that begins at `to`."""
+        even = tl.join(encode_product(gate0, out0, CODE), encode_product(gate2, out2, CODE))
+        odd = tl.join(encode_product(gate1, out1, CODE), encode_product(gate3, out3, CODE))
+        transposed = tl.reshape(tl.permute(tl.join(even, odd), (2, 3, 4, 1, 0)), (128, BM))
+        tl.store(to + tl.arange(0, 128).to(tl.int64)[:, None] * M + tl.arange(0, BM)[None, :], transposed)
+
 
 def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
     rows, columns = x.shape
@@ -180,6 +222,16 @@ def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, 
         x, token_scale, column_max, codes_t, column_unit, rows, columns, vector_scale(x.dtype),
         RELU=relu, CODE=tiles.TRITON_DTYPES[x.dtype], PEAK=_PEAK.get(x.dtype, 0.0), enable_fp_fusion=False, **config,
     )  # fmt: skip
+
+
+def _launch_plain_products(gate: Tensor, out: Tensor, codes_t: Tensor, column_unit: Tensor) -> None:
+    rows, columns = gate.shape
+    config = fitted(launch("transpose_products_plain", tiles.capability(gate.device), gate.dtype), BM=rows)
+    heads, row_tiles = columns // (_REPLICAS * _BLOCK), rows // config["BM"]
+    config["STEPS"] = tiles.steps_per_program(config["STEPS"], row_tiles, heads, gate.device)
+    plain_products_kernel[(heads, triton.cdiv(row_tiles, config["STEPS"]))](
+        gate, out, codes_t, column_unit, rows, columns, 1.0 / vector_scale(gate.dtype), CODE=tiles.TRITON_DTYPES[gate.dtype], **config
+    )
 
 
 def _launch_products(gate: Tensor, out: Tensor, token_scale: Tensor, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
@@ -229,18 +281,24 @@ def transpose_products(
     gate: Tensor,
     out: Tensor,
     *,
-    token_scale: Tensor,
+    token_scale: Tensor | None,
     codes_t: Tensor,
-    column_max: Tensor,
+    column_max: Tensor | None,
     column_unit: Tensor,
     backend: BackendName | None = None,
 ) -> None:
     """Codes of (gate * out) * token_scale by columns, transposed, rows in the canonical order of combiner columns.
 
-    gate: codes [M, A] in blocked channel order; out: bf16 [M, A], the attention result in blocked order. token_scale: fp32 [M], > 0.
-    Writes codes_t [4A, M] of gate's dtype and column_unit fp32 [4A]; column_max fp32 [4A] is scratch. M and A are multiples of 128.
+    gate: codes [M, A] in blocked channel order; out: bf16 [M, A], the attention result in blocked order. token_scale: fp32 [M], > 0; or
+    None: the codes are nearest(gate * out), those of the forward pass, and every unit is 1 / vector_scale.
+    Writes codes_t [4A, M] of gate's dtype and column_unit fp32 [4A]; column_max fp32 [4A] is scratch (unused, may be None, without a
+    token_scale). M and A are multiples of 128.
     """
     if choose(gate.device, backend).name == "triton":
+        if token_scale is None:
+            _launch_plain_products(gate, out, codes_t, column_unit)
+            return
+        assert column_max is not None, "a token_scale needs column_max"
         _launch_products(gate, out, token_scale, codes_t, column_max, column_unit)
         return
     ref_transpose_products(gate, out, token_scale=token_scale, codes_t=codes_t, column_max=column_max, column_unit=column_unit)

@@ -88,6 +88,7 @@ class Buffers:
     state_column_unit: Tensor
     token_weight: Tensor
     token_weight_inverse: Tensor
+    ones: Tensor
     stats: Tensor
     embedding_partial: Tensor
 
@@ -102,6 +103,8 @@ class Buffers:
         cosine, sine = rotation(sizes.tokens, device)
         self.cosine.copy_(cosine)
         self.sine.copy_(sine)
+        if sizes.kind != "evaluate":
+            self.ones.fill_(1.0)
 
     @property
     def bytes(self) -> int:

@@ -27,7 +27,7 @@ class HostPasses:
         self._work = work
         self._memory = memory
         self._check = check
-        self._backward = BackwardWork(work, memory.gradients, torch.ones(1, device=work.buffers.x.device), accumulate=False)
+        self._backward = BackwardWork(work, memory.gradients, accumulate=False)
         self._stages = stages(work.sizes.shape)
         self._graphs: dict[Stage, torch.cuda.CUDAGraph] | None = {} if graphs else None
 

@@ -155,6 +155,7 @@ def _backward(sizes: Sizes) -> dict[str, BufferSpec]:
         "state_column_unit": BufferSpec((widest,), torch.float32),
         "token_weight": BufferSpec((2, rows), torch.float32),
         "token_weight_inverse": BufferSpec((2, rows), torch.float32),
+        "ones": BufferSpec((rows,), torch.float32),
         "stats": BufferSpec((sizes.depth + 1, sizes.stat_columns), torch.float32),
         "embedding_partial": BufferSpec(partial_shape(rows, sizes.label_columns, shape.width), torch.float32),
     }

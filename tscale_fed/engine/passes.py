@@ -58,12 +58,11 @@ class Passes:
     ) -> None:
         """`flat`: fp32 [parameters], the live weights; squares_known: whether `work.weights` has the sums of their squares already; graphs:
         capture CUDA graphs at the first run."""
-        ones = torch.ones(1, device=flat.device)
         self._work = work
         self._check = check
         self._squares_known = squares_known
-        first = BackwardWork(work, gradients, ones, accumulate=False)
-        further = BackwardWork(work, gradients, ones, accumulate=True)
+        first = BackwardWork(work, gradients, accumulate=False)
+        further = BackwardWork(work, gradients, accumulate=True)
         self._functions: dict[Part, Callable[[], None]] = {
             "pack known": lambda: work.weights.pack(flat, work.backend, squares_known=True),
             "pack": lambda: work.weights.pack(flat, work.backend),
