@@ -80,9 +80,9 @@ if has_triton():
     import triton
     import triton.language as tl
 
-    from tscale_kernels.attention import encode_product, small_to_float
+    from tscale_kernels.attention import small_to_float
     from tscale_kernels.codes import encode_tile
-    from tscale_kernels.quantize import factor_of, size_bits
+    from tscale_kernels.quantize import e4m3_bits, factor_of, size_bits
 
     @triton.jit
     def store_transposed(scaled, codes_t, row, M, first, CODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -176,39 +176,70 @@ if has_triton():
                 store_transposed(product * factor, codes_t, row, M, tile * BM, CODE, BM, BN)
 
     @triton.jit
+    def four_tokens(x, row_stride):  # type: ignore[no-untyped-def]
+        """fp32 tiles of the codes at x and of the three tokens behind them."""
+        first, second = small_to_float(tl.load(x)), small_to_float(tl.load(x + row_stride))
+        return first, second, small_to_float(tl.load(x + 2 * row_stride)), small_to_float(tl.load(x + 3 * row_stride))
+
+    @triton.jit
+    def product_bits(a, b, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The code of a * b (fp32) as an integer: e4m3 and bf16 in the low bits; int8, plus 128, added to 0x4B400000."""
+        if CODE == tl.int8:
+            shifted = tl.fma(a, b, tl.full(a.shape, 12582912.0 + 128.0, tl.float32))  # see `attention.encode_product`
+            return tl.minimum(tl.maximum(shifted, 12582912.0), 12582912.0 + 255.0).to(tl.int32, bitcast=True)
+        elif CODE == tl.float8e4nv:
+            return e4m3_bits(a * b)
+        else:
+            return (a * b).to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.int64)
+
+    @triton.jit
+    def product_word(gate, out, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Codes of four tokens' gate * out side by side, the first token lowest: int32, of bf16 int64. triton 3.6 exchanges single bytes
+        between threads one by one, which takes longer than making them."""
+        first, second = product_bits(gate[0], out[0], CODE), product_bits(gate[1], out[1], CODE)
+        third, fourth = product_bits(gate[2], out[2], CODE), product_bits(gate[3], out[3], CODE)
+        if CODE == tl.bfloat16:
+            return first + (second << 16) + (third << 32) + (fourth << 48)
+        word = first + second * 256 + (third + fourth * 256) * 65536
+        if CODE == tl.int8:
+            word = (word + 0x74C00000) ^ -2139062144  # takes back four times 0x4B400000, and 128 from each byte
+        return word
+
+    @triton.jit
+    def store_words(  # type: ignore[no-untyped-def]
+        to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, words, CODE: tl.constexpr, BM: tl.constexpr
+    ):
+        """Codes of gate_j * out_j (four tokens each, [BM / 4, 32]) to rows 4m + j of the matrix [.., words] that begins at `to`."""
+        even = tl.join(product_word(gate0, out0, CODE), product_word(gate2, out2, CODE))
+        odd = tl.join(product_word(gate1, out1, CODE), product_word(gate3, out3, CODE))
+        transposed = tl.reshape(tl.permute(tl.join(even, odd), (1, 2, 3, 0)), (128, BM // 4))
+        tl.store(to + tl.arange(0, 128).to(tl.int64)[:, None] * words + tl.arange(0, BM // 4)[None, :], transposed)
+
+    @triton.jit
     def plain_products_kernel(  # type: ignore[no-untyped-def]
         gate, out, codes_t, column_unit, M, N, unit,
-        CODE: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+        CODE: tl.constexpr, BM: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
         """Program (h, j): the 512 products of a head, without a token scale, in row tiles j * STEPS .. + STEPS. Every number is read once,
-        CHANNELS neighbouring ones by a thread, which so has R neighbouring tokens: whole words for the exchange between threads."""
+        CHANNELS neighbouring ones by a thread. codes_t: pointer to words of four codes."""
         head = tl.program_id(0)
         if tl.program_id(1) == 0:
             tl.store(column_unit + head * 512 + tl.arange(0, 512), tl.full((512,), 1.0, tl.float32) * unit)
-        token = tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
-        channel = head * 128 + tl.max_contiguous(tl.arange(0, 32), CHANNELS)[None, None, :]
+        token = tl.arange(0, BM // 4)[:, None] * 4
+        channel = head * 128 + tl.max_contiguous(tl.arange(0, 32), CHANNELS)[None, :]
+        words = M // 4
         first = tl.program_id(1) * STEPS
         for tile in range(first, min(first + STEPS, M // BM)):
             at = (tile * BM + token).to(tl.int64) * N + channel
-            gate0, gate1 = small_to_float(tl.load(gate + at)), small_to_float(tl.load(gate + at + 32))
-            gate2, gate3 = small_to_float(tl.load(gate + at + 64)), small_to_float(tl.load(gate + at + 96))
-            out0, out1 = tl.load(out + at).to(tl.float32), tl.load(out + at + 32).to(tl.float32)
-            out2, out3 = tl.load(out + at + 64).to(tl.float32), tl.load(out + at + 96).to(tl.float32)
-            to = codes_t + head.to(tl.int64) * 512 * M + tile * BM
-            store_products_transposed(to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, M, CODE, BM)
-            store_products_transposed(to + 128 * M, gate1, gate0, gate3, gate2, out0, out1, out2, out3, M, CODE, BM)
-            store_products_transposed(to + 256 * M, gate2, gate3, gate0, gate1, out0, out1, out2, out3, M, CODE, BM)
-            store_products_transposed(to + 384 * M, gate3, gate2, gate1, gate0, out0, out1, out2, out3, M, CODE, BM)
-
-    @triton.jit
-    def store_products_transposed(  # type: ignore[no-untyped-def]
-        to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, M, CODE: tl.constexpr, BM: tl.constexpr
-    ):
-        """Codes of gate_j * out_j, fp32 tiles [R, BM / R, 32], to rows 4m + j and columns 0 .. BM of the matrix that begins at `to`."""
-        even = tl.join(encode_product(gate0, out0, CODE), encode_product(gate2, out2, CODE))
-        odd = tl.join(encode_product(gate1, out1, CODE), encode_product(gate3, out3, CODE))
-        transposed = tl.reshape(tl.permute(tl.join(even, odd), (2, 3, 4, 1, 0)), (128, BM))
-        tl.store(to + tl.arange(0, 128).to(tl.int64)[:, None] * M + tl.arange(0, BM)[None, :], transposed)
+            gate0, gate1 = four_tokens(gate + at, N), four_tokens(gate + at + 32, N)
+            gate2, gate3 = four_tokens(gate + at + 64, N), four_tokens(gate + at + 96, N)
+            out0, out1 = four_tokens(out + at, N), four_tokens(out + at + 32, N)
+            out2, out3 = four_tokens(out + at + 64, N), four_tokens(out + at + 96, N)
+            to = codes_t + head.to(tl.int64) * 512 * words + tile * (BM // 4)
+            store_words(to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, words, CODE, BM)
+            store_words(to + 128 * words, gate1, gate0, gate3, gate2, out0, out1, out2, out3, words, CODE, BM)
+            store_words(to + 256 * words, gate2, gate3, gate0, gate1, out0, out1, out2, out3, words, CODE, BM)
+            store_words(to + 384 * words, gate3, gate2, gate1, gate0, out0, out1, out2, out3, words, CODE, BM)
 
 
 def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
@@ -230,8 +261,9 @@ def _launch_plain_products(gate: Tensor, out: Tensor, codes_t: Tensor, column_un
     heads, row_tiles = columns // (_REPLICAS * _BLOCK), rows // config["BM"]
     config["STEPS"] = tiles.steps_per_program(config["STEPS"], row_tiles, heads, gate.device)
     plain_products_kernel[(heads, triton.cdiv(row_tiles, config["STEPS"]))](
-        gate, out, codes_t, column_unit, rows, columns, 1.0 / vector_scale(gate.dtype), CODE=tiles.TRITON_DTYPES[gate.dtype], **config
-    )
+        gate, out, codes_t.view(torch.int64 if gate.dtype == torch.bfloat16 else torch.int32), column_unit, rows, columns,
+        1.0 / vector_scale(gate.dtype), CODE=tiles.TRITON_DTYPES[gate.dtype], **config,
+    )  # fmt: skip
 
 
 def _launch_products(gate: Tensor, out: Tensor, token_scale: Tensor, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
