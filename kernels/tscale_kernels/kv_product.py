@@ -4,7 +4,8 @@ products[h, i, j, m] = gate[h, i, m] * out[h, j, m] (i, j = 0..3, m = 0..31; blo
     d_out[h, j, m] = sum_i d_products[h, i, j, m] * gate[h, i, m]          rounded to bf16
     d_gate[h, i, m] = sum_j d_products[h, i, j, m] * out[h, j, m]          then through normalise into d_projected's gate segment
     delta[h] = sum over channels of out * d_out (rounded)                  attention's backward needs it
-A pass that reads and writes everything once; the four-fold tensor is the largest of the backward pass.
+A pass that reads and writes everything once; the four-fold tensor is the largest of the backward pass, and may come as int8 codes with a
+unit for each row and (h, i).
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ from tscale_kernels.launch_table import launch
 
 
 def ref_products_backward(
-    d_products: Tensor, gate: Tensor, out: Tensor, rms: Tensor, *, d_out: Tensor, delta: Tensor | None, store: SegmentStore
-) -> None:
+    d_products: Tensor, gate: Tensor, out: Tensor, rms: Tensor,
+    *, d_unit: Tensor | None = None, d_out: Tensor, delta: Tensor | None, store: SegmentStore,
+) -> None:  # fmt: skip
     """See `products_backward`."""
     dtype = working_dtype(d_products, rms)
     unit = heads_of(gate, dtype)
     gates = unit.unflatten(2, (PRODUCTS_PER_CHANNEL, -1))
     outs = out.to(dtype).unflatten(1, (-1, PRODUCTS_PER_CHANNEL, HEAD_CHANNELS // PRODUCTS_PER_CHANNEL))
     d_pairs = d_products.to(dtype).unflatten(1, (-1, PRODUCTS_PER_CHANNEL, PRODUCTS_PER_CHANNEL, HEAD_CHANNELS // PRODUCTS_PER_CHANNEL))
+    if d_unit is not None:
+        d_pairs = d_pairs * d_unit.T.to(dtype).unflatten(1, (-1, PRODUCTS_PER_CHANNEL))[:, :, :, None, None]
     d_out.copy_(torch.einsum("thijm,thim->thjm", d_pairs, gates).flatten(1))
     if delta is not None:
         delta.copy_((outs.flatten(2) * d_out.to(dtype).view_as(unit)).sum(2).T)
@@ -58,15 +62,21 @@ if has_triton():
     from tscale_kernels.tiles import capability
 
     @triton.jit
-    def through_gate(p_products, p_gate, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3):  # type: ignore[no-untyped-def]
-        """The tiles of one i: (unit gate, d_gate, the four sums of d_out with the tiles added), all [BR, 32]."""
+    def through_gate(p_products, p_gate, p_unit, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3):  # type: ignore[no-untyped-def]
+        """The tiles of one i: (unit gate, d_gate, the four sums of d_out with the tiles added), all [BR, 32]. p_unit [BR]: to the units of
+        d_products' codes, or None."""
         unit = small_to_float(tl.load(p_gate)) * gate_scale
-        pair0 = tl.load(p_products).to(tl.float32)
-        pair1 = tl.load(p_products + 32).to(tl.float32)
-        pair2 = tl.load(p_products + 64).to(tl.float32)
-        pair3 = tl.load(p_products + 96).to(tl.float32)
+        pair0 = small_to_float(tl.load(p_products))
+        pair1 = small_to_float(tl.load(p_products + 32))
+        pair2 = small_to_float(tl.load(p_products + 64))
+        pair3 = small_to_float(tl.load(p_products + 96))
         d_gate = pair0 * out0 + pair1 * out1 + pair2 * out2 + pair3 * out3
-        return unit, d_gate, sum0 + pair0 * unit, sum1 + pair1 * unit, sum2 + pair2 * unit, sum3 + pair3 * unit
+        factor = unit
+        if p_unit is not None:
+            pair_unit = tl.load(p_unit)[:, None]
+            d_gate = d_gate * pair_unit
+            factor = unit * pair_unit
+        return unit, d_gate, sum0 + pair0 * factor, sum1 + pair1 * factor, sum2 + pair2 * factor, sum3 + pair3 * factor
 
     @triton.jit
     def store_d_out(p_d_out, total, out_tile):  # type: ignore[no-untyped-def]
@@ -86,7 +96,7 @@ if has_triton():
 
     @triton.jit
     def products_backward_kernel(  # type: ignore[no-untyped-def]
-        d_products, gate, out, rms, units, token_weight, d_out, delta, d_projected, row_max, column_max, rows, heads, gate_scale,
+        d_products, d_unit, gate, out, rms, units, token_weight, d_out, delta, d_projected, row_max, column_max, rows, heads, gate_scale,
         BR: tl.constexpr, DELTA: tl.constexpr,
     ):  # fmt: skip
         """See `products_backward`. row_max and column_max are int32 views."""
@@ -98,17 +108,21 @@ if has_triton():
         out0, out1 = tl.load(out + o_tile).to(tl.float32), tl.load(out + o_tile + 32).to(tl.float32)
         out2, out3 = tl.load(out + o_tile + 64).to(tl.float32), tl.load(out + o_tile + 96).to(tl.float32)
         zero = tl.zeros((BR, 32), tl.float32)
+        p_unit0, p_unit1, p_unit2, p_unit3 = None, None, None, None
+        if d_unit is not None:
+            p_unit0 = d_unit + (head * 4).to(tl.int64) * rows + o_row
+            p_unit1, p_unit2, p_unit3 = p_unit0 + rows, p_unit0 + 2 * rows, p_unit0 + 3 * rows
         unit0, d_gate0, sum0, sum1, sum2, sum3 = through_gate(
-            p_products, gate + o_tile, gate_scale, out0, out1, out2, out3, zero, zero, zero, zero
+            p_products, gate + o_tile, p_unit0, gate_scale, out0, out1, out2, out3, zero, zero, zero, zero
         )
         unit1, d_gate1, sum0, sum1, sum2, sum3 = through_gate(
-            p_products + 128, gate + o_tile + 32, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
+            p_products + 128, gate + o_tile + 32, p_unit1, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
         )
         unit2, d_gate2, sum0, sum1, sum2, sum3 = through_gate(
-            p_products + 256, gate + o_tile + 64, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
+            p_products + 256, gate + o_tile + 64, p_unit2, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
         )
         unit3, d_gate3, sum0, sum1, sum2, sum3 = through_gate(
-            p_products + 384, gate + o_tile + 96, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
+            p_products + 384, gate + o_tile + 96, p_unit3, gate_scale, out0, out1, out2, out3, sum0, sum1, sum2, sum3
         )
         total = store_d_out(d_out + o_tile, sum0, out0) + store_d_out(d_out + o_tile + 32, sum1, out1)
         total += store_d_out(d_out + o_tile + 64, sum2, out2) + store_d_out(d_out + o_tile + 96, sum3, out3)
@@ -131,12 +145,13 @@ if has_triton():
 
 
 def _launch_products_backward(
-    d_products: Tensor, gate: Tensor, out: Tensor, rms: Tensor, *, d_out: Tensor, delta: Tensor | None, store: SegmentStore
-) -> None:
+    d_products: Tensor, gate: Tensor, out: Tensor, rms: Tensor,
+    *, d_unit: Tensor | None, d_out: Tensor, delta: Tensor | None, store: SegmentStore,
+) -> None:  # fmt: skip
     rows, heads = gate.shape[0], gate.shape[1] // HEAD_CHANNELS
     config = launch("products_backward", capability(gate.device))
     products_backward_kernel[(rows // config["BR"] * heads,)](
-        d_products, gate, out, rms, store.units, store.token_weight, d_out, rms if delta is None else delta, store.d_projected,
+        d_products, d_unit, gate, out, rms, store.units, store.token_weight, d_out, rms if delta is None else delta, store.d_projected,
         store.row_max.view(torch.int32), store.column_max.view(torch.int32), rows, heads, 1.0 / codes.vector_scale(gate.dtype),
         DELTA=delta is not None, **config,
     )  # fmt: skip
@@ -151,6 +166,7 @@ def products_backward(
     out: Tensor,
     rms: Tensor,
     *,
+    d_unit: Tensor | None = None,
     units: Tensor,
     token_weight: Tensor,
     d_out: Tensor,
@@ -162,11 +178,12 @@ def products_backward(
 ) -> None:
     """Gradients of gate and attention result.
 
-    d_products: bf16 [M, 4A]. gate: [M, A] codes. out: bf16 [M, A] as `attend` stored it. rms: fp32 [4H, M] (gate rows 2H..3H-1 are read).
-    units: fp32 [4]. token_weight: fp32 [M], > 0.
+    d_products: bf16 [M, 4A]; or int8 with d_unit fp32 [4H, M], row 4h + i, value = code * unit (`matmul_dgrad.to_input`). gate: [M, A]
+    codes. out: bf16 [M, A] as `attend` stored it. rms: fp32 [4H, M] (gate rows 2H..3H-1 are read). units: fp32 [4]. token_weight: fp32
+    [M], > 0.
     Writes d_out bf16 [M, A], delta fp32 [H, M] (None: not wanted, as for width 1), the gate segment of d_projected bf16 [M, 4A]; raises
     row_max fp32 [M] and column_max fp32 [4A] (the caller zeroes them before the first op that writes into d_projected).
     """
     store = SegmentStore(units, token_weight, d_projected, row_max, column_max)
     backward = _launch_products_backward if choose(gate.device, backend).name == "triton" else ref_products_backward
-    backward(d_products, gate, out, rms, d_out=d_out, delta=delta, store=store)
+    backward(d_products, gate, out, rms, d_unit=d_unit, d_out=d_out, delta=delta, store=store)

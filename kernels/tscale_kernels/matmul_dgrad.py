@@ -1,7 +1,7 @@
 """Data gradients: g [M, N] times a weight [N, K], and what the layer does with the product, in its epilogue.
 
     d[t, k] = row_unit[t] * unit / sqrt(K) * sum_n g[t, n] * w_t[k, n]                       lin(x, W) = x W^T / sqrt(K), backwards
-    to_input           out = d
+    to_input           out = d, in bf16; or as int8 codes with a unit for 128 channels of a token, largest |d| / 127, rounded to nearest
     through_relu_norm  out = normalise'(d where hidden >= 0 else 0)     gradient of the up projection's output
     through_norm_add   dx += normalise'(d)                              gradient of the residual stream
     normalise'(d) = (d - y * mean(y d)) / rms   over groups of 128 channels, y = code / vector_scale the stored normalised vector
@@ -24,13 +24,22 @@ from tscale_kernels.dispatch import BackendName, choose, has_triton
 from tscale_kernels.launch_table import Config, fitted, launch
 
 _GROUP_CHANNELS = 128
+_LARGEST_CODE = 127.0
 
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
-def ref_to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, *, out: Tensor) -> None:
+def ref_to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, *, out: Tensor, out_unit: Tensor | None = None) -> None:
     """See `to_input`."""
-    out.copy_(_ref_gradient(g, row_unit, w_t, unit))
+    if out_unit is None:
+        out.copy_(_ref_gradient(g, row_unit, w_t, unit))
+        return
+    sums = ref_product(g, w_t).unflatten(1, (-1, _GROUP_CHANNELS))
+    largest = sums.abs().amax(2)
+    factor = torch.where(largest > 0, torch.full_like(largest, _LARGEST_CODE) / largest, 0.0)
+    out.copy_((sums * factor[:, :, None]).round().flatten(1))
+    scale = _ref_scale(row_unit, w_t, unit)[:, None]
+    out_unit.copy_((largest / torch.full_like(largest, _LARGEST_CODE) * scale).T)
 
 
 def ref_through_relu_norm(
@@ -55,7 +64,11 @@ def ref_through_norm_add(
 
 
 def _ref_gradient(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor) -> Tensor:
-    return ref_product(g, w_t) * (row_unit * (unit * w_t.shape[0] ** -0.5))[:, None]
+    return ref_product(g, w_t) * _ref_scale(row_unit, w_t, unit)[:, None]
+
+
+def _ref_scale(row_unit: Tensor, w_t: Tensor, unit: Tensor) -> Tensor:
+    return row_unit * (unit * w_t.shape[0] ** -0.5)
 
 
 def ref_through_norm(d: Tensor, codes: Tensor, rms: Tensor) -> Tensor:
@@ -111,17 +124,33 @@ if has_triton():
         tl.atomic_max(column_max + column + tl.arange(0, BC), weighted.to(tl.int32, bitcast=True), sem="relaxed")
 
     @triton.jit
+    def group_codes(sums, BR: tl.constexpr, BC: tl.constexpr):  # type: ignore[no-untyped-def]
+        """(int8 codes [BR, BC], code units [BR, BC / 128]) of an fp32 tile."""
+        groups = tl.reshape(sums, (BR, BC // 128, 128))
+        largest = tl.max(tl.abs(groups), axis=2)
+        factor = tl.where(largest > 0, tl.div_rn(127.0, largest), 0.0)
+        rounded = groups * factor[:, :, None] + 12582912.0  # 1.5 * 2**23: the bits below are the nearest integer
+        return tl.reshape(rounded.to(tl.int32, bitcast=True).to(tl.int8), (BR, BC)), tl.div_rn(largest, 127.0)
+
+    @triton.jit
     def to_input_kernel(  # type: ignore[no-untyped-def]
-        g, row_unit, w_t, unit, out, row_tiles, column_tiles, depth, factor,
+        g, row_unit, w_t, unit, out, out_unit, row_tiles, column_tiles, depth, factor,
         ACC: tl.constexpr, TMA: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
-        """One [BR, BC] tile. g, w_t, out are operands (tiles.py), the rest pointers."""
+        """One [BR, BC] tile. g, w_t, out are operands (tiles.py), the rest pointers; out_unit is None for bf16."""
         row_tile, column_tile = tile_position(tl.program_id(0), row_tiles, column_tiles, GROUP)
         row = row_tile * BR
         column = column_tile * BC
         sums = product_tile(g, w_t, row, column, 0, depth // BK, depth, depth, BR, BC, BK, ACC, TMA).to(tl.float32)
-        d = sums * row_scale(row_unit, unit, row, factor, BR)[:, None]
-        store_tile(out, row, column, column_tiles * BC, d.to(tl.bfloat16), BR, BC, TMA)
+        scale = row_scale(row_unit, unit, row, factor, BR)
+        if out_unit is None:
+            store_tile(out, row, column, column_tiles * BC, (sums * scale[:, None]).to(tl.bfloat16), BR, BC, TMA)
+        else:
+            codes, group_unit = group_codes(sums, BR, BC)
+            store_tile(out, row, column, column_tiles * BC, codes, BR, BC, TMA)
+            group = (column // 128 + tl.arange(0, BC // 128)).to(tl.int64)
+            to = out_unit + group[None, :] * (row_tiles * BR) + (row + tl.arange(0, BR))[:, None]
+            tl.store(to, group_unit * scale[:, None])
 
     @triton.jit
     def through_relu_norm_kernel(  # type: ignore[no-untyped-def]
@@ -192,11 +221,11 @@ def _plan(op: str, g: Tensor, w_t: Tensor) -> _Plan:
     return _Plan(config, tiles.uses_tma(g.device), rows // config["BR"], columns // config["BC"], depth, columns**-0.5)
 
 
-def _launch_to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, out: Tensor) -> None:
+def _launch_to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, out: Tensor, out_unit: Tensor | None) -> None:
     plan = _plan("to_input", g, w_t)
     codes, weights = plan.operands(g, w_t)
     to_input_kernel[plan.grid](
-        codes, row_unit, weights, unit, plan.tile(out), plan.row_tiles, plan.column_tiles, plan.depth, plan.factor,
+        codes, row_unit, weights, unit, plan.tile(out), out_unit, plan.row_tiles, plan.column_tiles, plan.depth, plan.factor,
         ACC=tiles.accumulator(g.dtype), TMA=plan.tma, enable_fp_fusion=False, **plan.config,
     )  # fmt: skip
 
@@ -231,12 +260,25 @@ def _launch_through_norm_add(
 # -- run ---------------------------------------------------------------------------------------------------------------
 
 
-def to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, *, out: Tensor, backend: BackendName | None = None) -> None:
-    """out = d. g: codes [M, N]; row_unit: fp32 [M]; w_t: codes [K, N] of the same dtype; unit: fp32 [1]; out: bf16 [M, K]."""
+def to_input(
+    g: Tensor,
+    row_unit: Tensor,
+    w_t: Tensor,
+    unit: Tensor,
+    *,
+    out: Tensor,
+    out_unit: Tensor | None = None,
+    backend: BackendName | None = None,
+) -> None:
+    """out = d. g: codes [M, N]; row_unit: fp32 [M]; w_t: codes [K, N] of the same dtype; unit: fp32 [1].
+
+    Writes out bf16 [M, K]; or, with an out_unit fp32 [K / 128, M], out int8 [M, K] and that: d = code * unit, at most 1/254 of the largest
+    of its group beside the truth.
+    """
     if choose(g.device, backend).name == "triton":
-        _launch_to_input(g, row_unit, w_t, unit, out)
+        _launch_to_input(g, row_unit, w_t, unit, out, out_unit)
         return
-    ref_to_input(g, row_unit, w_t, unit, out=out)
+    ref_to_input(g, row_unit, w_t, unit, out=out, out_unit=out_unit)
 
 
 def through_relu_norm(

@@ -113,8 +113,7 @@ def forward(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.d
         return results
 
     return Case(
-        outputs=lambda: forward_outputs(setting, code)
-        | {"log_sum": setting.poisoned((s.heads, s.rows), torch.float32)},
+        outputs=lambda: forward_outputs(setting, code) | {"log_sum": setting.poisoned((s.heads, s.rows), torch.float32)},
         run=lambda out, backend: attend(*i.forward, **layer, **out, backend=backend),
         limits={"out": ROUNDED, "log_sum": LOG_SUM[code], "products": ROUNDED_CODES},
         exact=exact,
@@ -243,12 +242,18 @@ def backward_width1(setting: Setting, kind: Kind, code: torch.dtype, value_code:
     )
 
 
-def products(setting: Setting, code: torch.dtype, delta: bool) -> Case:
+def products(setting: Setting, code: torch.dtype, delta: bool, coded: bool = False) -> Case:
+    """coded: the gradient comes in int8."""
     s = setting.sizes
     gate, out = setting.vector_codes(s.rows, s.attention_width, code), setting.normal((s.rows, s.attention_width), torch.bfloat16, 0.3)
     rms, (units, weight) = setting.uniform((4 * s.heads, s.rows), 0.3, 3.0), statistics(setting)
     rms[GATE * s.heads :, :3] = 0
-    d_products = setting.gradients(s.rows, 4 * s.attention_width)
+    d_products, d_unit = setting.gradients(s.rows, 4 * s.attention_width), None
+    true_gradient = d_products.double()
+    if coded:
+        d_unit = setting.uniform((4 * s.heads, s.rows), 0.0, 1e-5)
+        d_products = setting.integers((s.rows, 4 * s.attention_width), -127, 128, torch.int8)
+        true_gradient = d_products.double() * d_unit.double().T.repeat_interleave(128, dim=1)
 
     def outputs() -> Tensors:
         d_out = setting.poisoned((s.rows, s.attention_width), torch.bfloat16)
@@ -257,12 +262,12 @@ def products(setting: Setting, code: torch.dtype, delta: bool) -> Case:
 
     def run(results: Tensors, backend: BackendName) -> None:
         buffers = {"delta": None} | results
-        products_backward(d_products, gate, out, rms, units=units, token_weight=weight, **buffers, backend=backend)
+        products_backward(d_products, gate, out, rms, d_unit=d_unit, units=units, token_weight=weight, **buffers, backend=backend)
 
     def exact() -> Tensors:
         results, store = exact_store(setting, units, weight)
         d_out = setting.zeros((s.rows, s.attention_width), torch.float64)
-        ref_products_backward(d_products.double(), fp64_codes(gate), out.double(), rms.double(), d_out=d_out, delta=None, store=store)
+        ref_products_backward(true_gradient, fp64_codes(gate), out.double(), rms.double(), d_out=d_out, delta=None, store=store)
         return results | {"d_out": d_out}
 
     return Case(
@@ -298,5 +303,6 @@ CASES: dict[str, Callable[[Setting], Case]] = {
     **_attention("attend_width1", forward_width1, ("", "documents", "odd local documents")),
     **_attention("attend_backward_width1", backward_width1, ("", "documents", "odd local documents")),
     **{f"products_backward {name}": partial(products, code=code, delta=True) for name, code in CODES.items()},
+    **{f"products_backward {name} coded": partial(products, code=CODES[name], delta=True, coded=True) for name in ("int8", "e4m3")},
     "products_backward without delta int8": partial(products, code=torch.int8, delta=False),
 }

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from case_protocol import CODES, Case, Setting, Tensors
+from case_protocol import CODES, Case, CodeLimit, Setting, Tensors
 from torch import Tensor
 
 from tscale_kernels import balance, matmul_dgrad, quantize, transpose
-from tscale_kernels.codes import gradient_peak, vector_scale, weight_scale
+from tscale_kernels.codes import encode, gradient_peak, vector_scale, weight_scale
 
 SALT = 2_654_435_769
 
@@ -176,7 +176,7 @@ def backwards(setting: Setting, code: torch.dtype, columns: int, depth: int) -> 
     rows = setting.sizes.rows
     scale = gradient_peak(code) / 4 / weight_scale(code)
     g, _ = setting.weights(rows, depth, code)  # rows fill the codes, as those of the quantiser do
-    g = (g.float() * scale).to(code)
+    g = encode(g.float() * scale, code)
     w_t, unit = setting.weights(columns, depth, code)
     rms = setting.uniform((columns // 128, rows), 0.2, 2.0)
     rms[0, ::7] = 0
@@ -202,6 +202,23 @@ def to_input(setting: Setting, code: torch.dtype) -> Case:
         exact_limits={"out": 4e-3},
         matmul=(rows, columns, depth),
         bytes_moved=rows * (depth * code.itemsize + 2 * columns) + columns * depth * code.itemsize,
+    )
+
+
+def to_input_coded(setting: Setting, code: torch.dtype) -> Case:
+    """As `to_input`, in int8 codes."""
+    rows, depth, columns = setting.sizes.rows, setting.sizes.width, 4 * setting.sizes.attention_width
+    b = backwards(setting, code, columns, depth)
+    b.g[3] = 0
+    return Case(
+        outputs=lambda: {
+            "out": setting.poisoned((rows, columns), torch.int8),
+            "out_unit": setting.poisoned((columns // 128, rows), torch.float32),
+        },
+        run=lambda out, backend: matmul_dgrad.to_input(*b.product(), backend=backend, **out),
+        limits={"out": 0, "out_unit": 0} if code == torch.int8 else {"out": CodeLimit(2e-2), "out_unit": product_limit(code)},
+        matmul=(rows, columns, depth),
+        bytes_moved=rows * (depth * code.itemsize + columns) + columns * depth * code.itemsize,
     )
 
 
@@ -271,6 +288,7 @@ def _add_quantisers(name: str, code: torch.dtype) -> None:
     CASES[f"transpose_products {name}"] = partial(transpose_products, code=code)
     CASES[f"transpose_products_plain {name}"] = partial(transpose_products_plain, code=code)
     CASES[f"to_input {name}"] = partial(to_input, code=code)
+    CASES[f"to_input {name} coded"] = partial(to_input_coded, code=code)
     CASES[f"through_relu_norm {name}"] = partial(through_relu_norm, code=code)
     CASES[f"through_norm_add {name} up"] = lambda setting: through_norm_add(setting, code, setting.sizes.ffn_width)
     CASES[f"through_norm_add {name} joined"] = lambda setting: through_norm_add(setting, code, 4 * setting.sizes.attention_width)

@@ -124,10 +124,11 @@ def _combiner(work: BackwardWork, layer: int) -> None:
     new, slot, backend = layer % 2, forward.state_slot(layer), forward.backend
     matrix = forward.weights.layers[layer].combiner
     columns = 4 * forward.sizes.shape.heads_width
-    d_products, products_t = b.gradient(columns), b.codes(b.wide_codes, columns, forward.sizes.rows)
+    products_t = b.codes(b.wide_codes, columns, forward.sizes.rows)
+    d_products, d_unit = b.products_gradient()
 
     codes, codes_t = _quantise(work, layer, b.dx, stats.into_combiner, b.ones, COMBINER_SALT)
-    to_input(codes, b.row_unit, matrix.transposed, matrix.units, out=d_products, backend=backend)
+    to_input(codes, b.row_unit, matrix.transposed, matrix.units, out=d_products, out_unit=d_unit, backend=backend)
     transpose_products(
         b.gate[slot], b.attended[slot], token_scale=None, codes_t=products_t, column_max=None, column_unit=b.state_column_unit[:columns],
         backend=backend,
@@ -136,9 +137,10 @@ def _combiner(work: BackwardWork, layer: int) -> None:
 
     width, _ = forward.sizes.shape.layers()[layer]
     products_backward(
-        d_products, b.gate[slot], b.attended[slot], b.projected_rms[slot], units=forward.weights.layers[layer].projection.units,
-        token_weight=b.token_weight[new], d_out=b.d_attended, delta=None if width == PREVIOUS_WIDTH else b.delta,
-        d_projected=b.d_projected, row_max=stats.projected.row_max, column_max=stats.projected.column_max, backend=backend,
+        d_products, b.gate[slot], b.attended[slot], b.projected_rms[slot], d_unit=d_unit,
+        units=forward.weights.layers[layer].projection.units, token_weight=b.token_weight[new], d_out=b.d_attended,
+        delta=None if width == PREVIOUS_WIDTH else b.delta, d_projected=b.d_projected, row_max=stats.projected.row_max,
+        column_max=stats.projected.column_max, backend=backend,
     )  # fmt: skip
 
 

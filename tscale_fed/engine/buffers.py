@@ -119,6 +119,15 @@ class Buffers:
         elements = self.sizes.rows * columns
         return self.wide_gradient[: 2 * elements].view(torch.bfloat16).view(self.sizes.rows, columns)
 
+    def products_gradient(self) -> tuple[Tensor, Tensor | None]:
+        """`wide_gradient` as the gradient of the combiner's input [M, 4A]: bf16 and None, or int8 codes and their units fp32 [4H, M]."""
+        rows, heads = self.sizes.rows, self.sizes.shape.heads
+        columns = 4 * self.sizes.shape.heads_width
+        if not self.sizes.coded_products:
+            return self.gradient(columns), None
+        codes, units = self.wide_gradient[: rows * columns], self.wide_gradient[rows * columns :][: 16 * heads * rows]
+        return codes.view(torch.int8).view(rows, columns), units.view(torch.float32).view(4 * heads, rows)
+
     def layer_stats(self, layer: int) -> LayerStats:
         """Statistics of a layer's gradients; layer -1: of dx below the first layer, which nobody reads but kernels write."""
         sizes, line, parts, at = self.sizes, self.stats[layer + 1], [], 4 * self.sizes.rows

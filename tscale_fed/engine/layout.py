@@ -77,6 +77,11 @@ class Sizes:
         return max(self.shape.width, 4 * self.shape.heads_width, self.shape.ffn_width)
 
     @property
+    def coded_products(self) -> bool:
+        """Whether the gradient of the combiner's input is kept in int8 codes, with a unit for 128 channels, and not in bf16."""
+        return self.precision.code.itemsize == 1
+
+    @property
     def stat_columns(self) -> int:
         """Per layer: row maxima of four gradients, then their column maxima (`buffers.Stats`)."""
         return 4 * self.rows + 2 * self.shape.width + self.shape.ffn_width + 4 * self.shape.heads_width
@@ -140,7 +145,8 @@ def _backward(sizes: Sizes) -> dict[str, BufferSpec]:
     """What the backward pass adds. `wide_gradient` holds, one after the other: the head's gradient, the hidden layer's, the products'."""
     shape, rows, widest = sizes.shape, sizes.rows, sizes.widest
     heads_width, code = shape.heads_width, sizes.precision.code
-    wide_bytes = 2 * rows * widest
+    products_bytes = 4 * heads_width + 16 * shape.heads if sizes.coded_products else 8 * heads_width
+    wide_bytes = rows * max(2 * shape.width, 2 * shape.ffn_width, products_bytes)
     return {
         "dx": BufferSpec((rows, shape.width), sizes.stream),
         "wide_gradient": BufferSpec((wide_bytes,), torch.uint8),
