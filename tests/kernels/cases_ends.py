@@ -16,8 +16,8 @@ from tscale_kernels.pack_weights import PackMatrix, PackPlan, pack_weights
 
 
 def layers(sizes: Sizes) -> int:
-    """Of the two models of the issue; two where numbers are few."""
-    return {1280: 42, 256: 36}[sizes.width] if sizes.rows > 4096 else 2
+    """Of the two models of the issue; few where numbers are few."""
+    return {1280: 42, 256: 36}[sizes.width] if sizes.rows > 4096 else 1 if sizes.rows == 128 else 2
 
 
 def matrices(sizes: Sizes) -> list[tuple[str, int, int]]:

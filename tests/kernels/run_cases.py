@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from case_protocol import Case, Setting, Skip, Tensors, compare
+from case_protocol import CODES, Case, Setting, Skip, Tensors, compare
 
 from tscale_kernels.tiles import capability
 
 CASE_MODULES = ("cases_matmul", "cases_backward", "cases_attention", "cases_ends")
+QUICK_TOO = ("attend odd local documents int8", "attend_backward odd local documents int8")
 FIRST_CAPABILITY_WITH_FP8 = (8, 9)
 Builder = Callable[[Setting], Case]
 HERE = Path(__file__).resolve().parent
@@ -71,6 +73,19 @@ def load_cases(modules: list[str], wanted: list[str] | None = None, without: lis
         raise ValueError(f"no case is called {', '.join(word[1:] for word in unknown)}")
     chosen = {name: build for name, build in cases.items() if not wanted or any(_fits(name, word) for word in wanted)}
     return {name: build for name, build in chosen.items() if not any(_fits(name, word) for word in without or [])}
+
+
+def quick_cases(cases: dict[str, Builder]) -> dict[str, Builder]:
+    """Of every op the first case with each code dtype in its name, and the first without.
+
+    Of attention the case whose shapes are odd in every respect as well, since a block that is cut is where a mask can be wrong.
+    """
+    first: dict[tuple[str, str], str] = {}
+    for name in cases:
+        op, *words = re.split(r"[ ,]+", name)
+        first.setdefault((op, next((word for word in words if word in CODES), "")), name)
+    names = {*first.values(), *QUICK_TOO}
+    return {name: build for name, build in cases.items() if name in names}
 
 
 def _fits(name: str, word: str) -> bool:

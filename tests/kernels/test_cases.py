@@ -19,26 +19,35 @@ if not dispatch.has_triton():
 
 LONGEST_OUTPUT = 6000
 CARDS = (80, 86, 89, 90, 100, 120)
+
+
 def interpreter_is_broken() -> bool:
     installed = [tuple(int(part) for part in version(name).split(".")[:2]) for name in ("triton", "numpy")]
     return installed[0] < (3, 7) and installed[1] >= (2, 4)
 
 
-@pytest.mark.skipif(interpreter_is_broken(), reason="the interpreter of triton before 3.7 fails with numpy 2.4 and later; update triton")
+needs_interpreter = pytest.mark.skipif(
+    interpreter_is_broken(), reason="the interpreter of triton before 3.7 fails with numpy 2.4 and later; update triton"
+)
+
+
+@needs_interpreter
 @pytest.mark.timeout(400)
-def test_interpreter_agrees_with_the_reference() -> None:
-    done = run_script("interpreted.py")
+@pytest.mark.parametrize("words", [["--quick"], pytest.param([], marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_interpreter_agrees_with_the_reference(words: list[str]) -> None:
+    done = run_script("interpreted.py", *words)
     print(done.stdout)
     assert done.returncode == 0, failures(done.stdout) + done.stderr[-2000:]
 
 
 @pytest.mark.timeout(400)
-def test_main_kernels_compile_for_cards_that_are_not_here() -> None:
+def test_a_kernel_of_each_kind_compiles_for_cards_that_are_not_here() -> None:
     done = run_script("ahead_of_time.py", "--quick")
     print(done.stdout)
     assert done.returncode == 0, faults(done.stdout) + done.stderr[-2000:]
 
 
+@needs_interpreter
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_interpreter_agrees_with_the_reference_without_descriptors() -> None:

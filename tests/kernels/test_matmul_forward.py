@@ -110,8 +110,9 @@ def test_wrong_shapes_are_refused() -> None:
 
 
 @pytest.mark.skipif(not dispatch.has_triton(), reason="triton is not installed (pip install 'tscale-fed[interp]')")
-def test_operands_by_pointer_give_the_same_as_the_reference() -> None:
-    done = run_script("interpreted_pointers.py", "cases_matmul")
+@pytest.mark.parametrize("words", [["--quick"], pytest.param([], marks=pytest.mark.slow)], ids=["quick", "all"])
+def test_operands_by_pointer_give_the_same_as_the_reference(words: list[str]) -> None:
+    done = run_script("interpreted_pointers.py", "cases_matmul", "--processes", "1", *words)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
