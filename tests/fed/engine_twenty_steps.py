@@ -40,7 +40,7 @@ VOCAB = 60
 DOC_START = 3
 FRAGMENTS, TOKENS = 4, 32
 """128 rows, no padding: the interpreter needs half a minute per step all the same."""
-RATE = 0.01
+RATE = 0.005
 
 
 def shape() -> ModelShape:
