@@ -6,6 +6,8 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,22 @@ needs_triton = pytest.mark.skipif(not dispatch.has_triton(), reason="triton is n
 def run_script(name: str, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, str(HERE / name), *words], env=environment, capture_output=True, text=True, check=False)
+
+
+Scripts = dict[str, Future[subprocess.CompletedProcess[str]]]
+ON_CPU = ("sabotage_cases", "--device=cpu", "--processes", "1")
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Scripts]:
+    """The scripts that tests here ask for, two at a time, since each mostly starts processes and imports torch."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            "sabotage": pool.submit(run_script, "gpu_check.py", *ON_CPU, "--sizes", "tiny", "--seconds", "60"),
+            "late": pool.submit(run_script, "gpu_check.py", *ON_CPU, "--seconds", "0.1", "--only", "right"),
+            "no gpu": pool.submit(run_script, "gpu_check.py", "--only", "no such case"),
+            "casts": pool.submit(run_script, "interpreted_casts.py"),
+        }
 
 
 @pytest.mark.parametrize("dtype", CODE_DTYPES)
@@ -78,8 +96,8 @@ def test_inputs_are_what_ops_ask_for(sizes: Any) -> None:
 
 
 @needs_triton
-def test_a_check_reports_what_is_wrong_and_goes_on() -> None:
-    done = run_script("gpu_check.py", "sabotage_cases", "--device=cpu", "--sizes", "tiny", "--processes", "1", "--seconds", "60")
+def test_a_check_reports_what_is_wrong_and_goes_on(scripts: Scripts) -> None:
+    done = scripts["sabotage"].result()
     assert done.returncode == 1, done.stderr
     summary = done.stdout.partition("\n\n")[2]
     assert "8 cases: 2 passed, 5 failed, 1 skipped" in summary
@@ -91,21 +109,21 @@ def test_a_check_reports_what_is_wrong_and_goes_on() -> None:
 
 
 @needs_triton
-def test_a_check_that_does_not_end_is_named() -> None:
-    done = run_script("gpu_check.py", "sabotage_cases", "--device=cpu", "--processes", "1", "--seconds", "0.1", "--only", "right")
+def test_a_check_that_does_not_end_is_named(scripts: Scripts) -> None:
+    done = scripts["late"].result()
     assert done.returncode == 1 and "had not ended after 0 s" in done.stdout
 
 
-def test_without_a_gpu_the_check_says_so() -> None:
+def test_without_a_gpu_the_check_says_so(scripts: Scripts) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = run_script("gpu_check.py")
+    done = scripts["no gpu"].result()
     assert done.returncode == 2 and "no CUDA device" in done.stderr
 
 
 @needs_triton
-def test_the_interpreter_is_right_for_bf16_and_fp8() -> None:
-    done = run_script("interpreted_casts.py")
+def test_the_interpreter_is_right_for_bf16_and_fp8(scripts: Scripts) -> None:
+    done = scripts["casts"].result()
     assert done.returncode == 0, done.stderr[-2000:]
 
 
