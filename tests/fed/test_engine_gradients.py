@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from engine_model import cosines, rounded_loss
@@ -55,14 +57,28 @@ def engine_of(shape: ModelShape, weights: torch.Tensor, bias2: torch.Tensor, doc
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("precision", "attention", "limit", "ffn_up_limit"), [
+LIMITS = [
     ("bfloat16", "bfloat16", 0.9999, 0.9995),
     ("int8", "bfloat16", 0.999, 0.997),
     ("int8", "int8", 0.999, 0.997),
     ("int8", "fp8", 0.999, 0.997),
     ("fp8", "fp8", 0.998, 0.996),
-])  # fmt: skip
-@pytest.mark.parametrize(("dims", "doc_start"), CASES, ids=[dims for dims, _ in CASES])
+]
+"""(precision, attention, least cosine of a matrix, of ffn_up)"""
+
+
+def arithmetics() -> list[Any]:
+    """Every model in every precision; by default one of them in all, the others as training is unless told otherwise and in fp8."""
+    made = []
+    for model in CASES:
+        for limits in LIMITS:
+            by_default = model is CASES[1] or limits[:2] in (("int8", "bfloat16"), ("fp8", "fp8"))
+            name = "-".join((model[0], *limits[:2]))
+            made.append(pytest.param(*model, *limits, id=name, marks=[] if by_default else pytest.mark.slow))
+    return made
+
+
+@pytest.mark.parametrize(("dims", "doc_start", "precision", "attention", "limit", "ffn_up_limit"), arithmetics())
 def test_backward_arithmetic(dims: str, doc_start: int | None, precision: str, attention: str, limit: float, ffn_up_limit: float) -> None:
     """Equal roundings in the forward pass: what differs is the backward pass.
 

@@ -37,9 +37,14 @@ def trained(precision: str = "int8", steps: int = 3, **options: Any) -> Engine:
     return made
 
 
+@pytest.fixture(scope="module")
+def reference_losses() -> list[float]:
+    return losses(make("cpu", "float32"))
+
+
 @pytest.mark.parametrize(("precision", "limit"), [("bfloat16", 1e-3), ("int8", 0.02), ("fp8", 0.01)])
-def test_twenty_losses_are_those_of_the_reference(precision: str, limit: float) -> None:
-    want, got = losses(make("cpu", "float32")), losses(engine(precision))
+def test_twenty_losses_are_those_of_the_reference(precision: str, limit: float, reference_losses: list[float]) -> None:
+    want, got = reference_losses, losses(engine(precision))
     assert want[-1] < 0.3 * want[0]
     for a, b in zip(got, want, strict=True):
         assert a == pytest.approx(b, rel=limit)
@@ -90,9 +95,10 @@ def test_changed_weights_are_seen_by_the_next_step() -> None:
 # -- micro-batches and plans -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("int8", 0.999), ("bfloat16", 0.99999)])
-@pytest.mark.parametrize("micro_batch", [1, 2, 3])
-def test_any_split_gives_the_same_arithmetic(precision: str, limit: float, micro_batch: int) -> None:
+@pytest.mark.parametrize(
+    ("precision", "micro_batch", "limit"), [("int8", 1, 0.999), ("int8", 3, 0.999), ("bfloat16", 2, 0.99999), ("bfloat16", 3, 0.99999)]
+)
+def test_any_split_gives_the_same_arithmetic(precision: str, micro_batch: int, limit: float) -> None:
     whole = trained(precision)
     parts = engine(precision, micro_batch=micro_batch)
     parts.weights.copy_(whole.weights)
@@ -176,16 +182,16 @@ def test_other_errors_are_not_taken_for_full_memory(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "words", "micro_batch"),
     [
-        ("layers.1.combiner", math.nan, "weights of layer 2, combiner"),
-        ("layers.2.key", math.inf, "weights of layer 3, key"),
-        ("final", math.nan, "weights of the final layer"),
-        ("embedding", math.nan, "embedding"),
-        ("embedding", math.inf, "embedding"),
+        ("layers.1.combiner", math.nan, "weights of layer 2, combiner", 0),
+        ("layers.1.combiner", math.nan, "weights of layer 2, combiner", 2),
+        ("layers.2.key", math.inf, "weights of layer 3, key", 0),
+        ("final", math.nan, "weights of the final layer", 0),
+        ("embedding", math.nan, "embedding", 0),
+        ("embedding", math.inf, "embedding", 2),
     ],
 )
-@pytest.mark.parametrize("micro_batch", [0, 2])
 def test_broken_weights_stop_the_step_and_are_named(name: str, value: float, words: str, micro_batch: int) -> None:
     made = trained(micro_batch=micro_batch)
     step = batch_of(3)
