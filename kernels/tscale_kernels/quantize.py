@@ -106,9 +106,9 @@ def ref_row_max(g: Tensor, *, segment_units: Tensor | None, out: Tensor) -> None
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
-# Numbers are handled in pairs of neighbouring channels: one 32-bit word of bf16, one hash, one 16-bit word of two codes; and in fours of
-# neighbouring tokens: a thread holds them, they lie side by side in the transposed copy, so the exchange between threads moves whole words
-# (triton 3.6 would move bytes one by one).
+# Numbers are handled in pairs of neighbouring channels: one 32-bit word of bf16, one hash, one 16-bit word of two codes. A tile has the
+# shape [R, BM / R, BN / 2] with token = R * second + first, which makes a thread hold R neighbouring tokens of a channel: they lie side by
+# side in the transposed copy, so the exchange between threads moves whole words. 25 instructions per number became 19 by these two.
 
 if has_triton():
     import triton
@@ -142,53 +142,25 @@ if has_triton():
 
     @triton.jit
     def dithered_pair(even, odd, noise):  # type: ignore[no-untyped-def]
-        """Two int8 codes, the even channel's plus 128, in bytes 1 and 3 of int32. even, odd: fp32 in 1/256 of a code; noise: int32, bytes 0
-        and 2.
+        """Two int8 codes (even channel in the low byte) as int16. even, odd: fp32 in 1/256 of a code; noise: int32, bytes 0 and 2.
 
         Adding 1.5 * 2**23 rounds to a whole number, whose bits are then the low bits of the float. The even one is raised by 2**15 (a code
         of 128), so that adding noise to it never carries into the odd one above it; the odd one's constant takes back the 0x4B40 that the
         even float's upper bits add to it."""
         low = (even + 12615680.0).to(tl.int32, bitcast=True)
         high = (odd + 12563648.0).to(tl.int32, bitcast=True)
-        return (high << 16) + low + noise
+        fixed = (high << 16) + low + noise
+        codes = (fixed & -16711936) ^ 0x8000
+        return ((codes + (codes << 8)) >> 16).to(tl.int16)
 
     @triton.jit
     def nearest_pair(even, odd, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Two e4m3 codes in bytes 1 and 3 of int32, or two bf16."""
+        """Two e4m3 codes as int16, or two bf16 as int32."""
         if CODE == tl.bfloat16:
             low = even.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
             return (odd.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16) | (low & 0xFFFF)
         else:
-            return (e4m3_bits(even) << 8) | (e4m3_bits(odd) << 24)
-
-    @triton.jit
-    def pair_codes(pair, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """A pair as it is stored: int16, or int32 of bf16."""
-        if CODE == tl.bfloat16:
-            return pair
-        else:
-            codes = pair & -16711936
-            if CODE == tl.int8:
-                codes = codes ^ 0x8000
-            return ((codes + (codes << 8)) >> 16).to(tl.int16)
-
-    @triton.jit
-    def token_words(first, second, third, fourth, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """(even, odd channel's) codes of four tokens side by side, from their pairs: int32, or int64 of bf16."""
-        if CODE == tl.bfloat16:
-            even = (first & 0xFFFF) | (second << 16)
-            odd = ((first >> 16) & 0xFFFF) | (second & -65536)
-            even_above = ((third & 0xFFFF) | (fourth << 16)).to(tl.int64) << 32
-            odd_above = (((third >> 16) & 0xFFFF) | (fourth & -65536)).to(tl.int64) << 32
-            return even_above | (even.to(tl.int64) & 0xFFFFFFFF), odd_above | (odd.to(tl.int64) & 0xFFFFFFFF)
-        else:
-            below = ((first >> 8) & 0x00FF00FF) | (second & -16711936)  # bytes: even, even, odd, odd
-            above = ((third >> 8) & 0x00FF00FF) | (fourth & -16711936)
-            even = (below & 0xFFFF) | (above << 16)
-            odd = ((below >> 16) & 0xFFFF) | (above & -65536)
-            if CODE == tl.int8:
-                even = even ^ -2139062144
-            return even, odd
+            return (e4m3_bits(even) | (e4m3_bits(odd) << 8)).to(tl.int16)
 
     @triton.jit
     def e4m3_bits(value):  # type: ignore[no-untyped-def]
@@ -202,41 +174,18 @@ if has_triton():
         small = (size + 24576.0).to(tl.int32, bitcast=True) & 0xF  # 1.5 * 2**14: whole numbers of 2**-9, up to 8
         return tl.where(value != value, 0x7F, tl.where(size < 0.015625, small, normal)) | sign
 
-    @triton.jit
-    def quantise_token(  # type: ignore[no-untyped-def]
-        g, codes, row_max, token_weight, row_unit, row, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
-        CODE: tl.constexpr, PEAK: tl.constexpr, SCALED: tl.constexpr,
-    ):  # fmt: skip
-        """Codes by rows of the tokens `row` [R, 1], stored; pairs of their codes by columns."""
-        at = row.to(tl.int64) * pairs + pair
-        even, odd = load_pairs(g, at)
-        maximum = tl.load(row_max + row)
-        factor = factor_of(maximum, SCALED) * segment_unit
-        weight = tl.load(token_weight + row)
-        if tl.program_id(0) == 0:
-            tl.store(row_unit + row, unit_of(maximum, PEAK))
-        if CODE == tl.int8:
-            hashed = hash_u32((row * pairs + pair).to(tl.uint32) ^ mixed)
-            by_row = dithered_pair(even * factor, odd * factor, (hashed & 0xFF00FF).to(tl.int32))
-            noise = ((hashed >> 8) & 0xFF00FF).to(tl.int32)
-            by_column = dithered_pair(even * weight * even_factor, odd * weight * odd_factor, noise)
-        else:
-            by_row = nearest_pair(even * factor, odd * factor, CODE)
-            by_column = nearest_pair(even * weight * even_factor, odd * weight * odd_factor, CODE)
-        tl.store(codes + at, pair_codes(by_row, CODE))
-        return by_column
-
     @triton.jit(do_not_specialize=["salt"])
     def rows_and_transpose_kernel(  # type: ignore[no-untyped-def]
         g, row_max, column_max, token_weight, segment_units, seed, salt, codes, row_unit, codes_t, column_unit, M, N, segment_columns,
-        CODE: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
+        CODE: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):  # fmt: skip
         """Program (i, j): columns i * BN .. + BN of row tiles j * STEPS .. + STEPS. g, codes, codes_t: pointers to words, see `_launch`."""
         PAIRS: tl.constexpr = BN // 2
         SCALED: tl.constexpr = PEAK * 256.0 if CODE == tl.int8 else PEAK
-        pairs = N // 2
-        words = M // 4
-        pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, :]
+        HALF: tl.constexpr = 16 if CODE == tl.bfloat16 else 8
+        pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, None, :]
+        token = tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
         mixed = hash_u32(tl.load(seed).to(tl.uint32) ^ (salt.to(tl.uint32) * 0x9E3779B1))  # dither.mixed_seed
         even_factor = factor_of(tl.load(column_max + pair * 2), SCALED)
         odd_factor = factor_of(tl.load(column_max + pair * 2 + 1), SCALED)
@@ -246,30 +195,30 @@ if has_triton():
         if tl.program_id(1) == 0:
             column = tl.program_id(0) * BN + tl.arange(0, BN)
             tl.store(column_unit + column, unit_of(tl.load(column_max + column), PEAK))
-        even_row = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]).to(tl.int64) * 2 * words
+        even_row = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]).to(tl.int64) * 2 * M
         first = tl.program_id(1) * STEPS
         for tile in tl.range(first, min(first + STEPS, M // BM), num_stages=STAGES):
-            row = tile * BM + tl.arange(0, BM // 4)[:, None] * 4
-            pair_0 = quantise_token(
-                g, codes, row_max, token_weight, row_unit, row, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
-                CODE, PEAK, SCALED,
-            )  # fmt: skip
-            pair_1 = quantise_token(
-                g, codes, row_max, token_weight, row_unit, row + 1, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
-                CODE, PEAK, SCALED,
-            )  # fmt: skip
-            pair_2 = quantise_token(
-                g, codes, row_max, token_weight, row_unit, row + 2, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
-                CODE, PEAK, SCALED,
-            )  # fmt: skip
-            pair_3 = quantise_token(
-                g, codes, row_max, token_weight, row_unit, row + 3, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
-                CODE, PEAK, SCALED,
-            )  # fmt: skip
-            even, odd = token_words(pair_0, pair_1, pair_2, pair_3, CODE)
-            to = even_row + tile * (BM // 4) + tl.arange(0, BM // 4)[None, :]
-            tl.store(codes_t + to, tl.trans(even))
-            tl.store(codes_t + to + words, tl.trans(odd))
+            row = tile * BM + token
+            at = row.to(tl.int64) * (N // 2) + pair
+            even, odd = load_pairs(g, at)
+            maximum = tl.load(row_max + row)
+            factor = factor_of(maximum, SCALED) * segment_unit
+            weight = tl.load(token_weight + row)
+            if CODE == tl.int8:
+                hashed = hash_u32((row * (N // 2) + pair).to(tl.uint32) ^ mixed)
+                by_row = dithered_pair(even * factor, odd * factor, (hashed & 0xFF00FF).to(tl.int32))
+                noise = ((hashed >> 8) & 0xFF00FF).to(tl.int32)
+                by_column = dithered_pair(even * weight * even_factor, odd * weight * odd_factor, noise)
+            else:
+                by_row = nearest_pair(even * factor, odd * factor, CODE)
+                by_column = nearest_pair(even * weight * even_factor, odd * weight * odd_factor, CODE)
+            tl.store(codes + at, by_row)
+            transposed = tl.reshape(tl.permute(by_column, (2, 1, 0)), (PAIRS, BM))
+            to = even_row + tile * BM + tl.arange(0, BM)[None, :]
+            tl.store(codes_t + to, transposed.to(codes_t.dtype.element_ty))
+            tl.store(codes_t + to + M, (transposed >> HALF).to(codes_t.dtype.element_ty))
+            if tl.program_id(0) == 0:
+                tl.store(row_unit + row, unit_of(maximum, PEAK))
 
     @triton.jit
     def column_max_kernel(  # type: ignore[no-untyped-def]
@@ -317,7 +266,7 @@ def _launch_rows_and_transpose(
     rows_and_transpose_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
         g.view(torch.int32 if g.dtype == torch.bfloat16 else torch.int64), row_max, column_max, token_weight, segment_units, seed, salt,
         codes.view(torch.int16 if byte_codes else torch.int32), row_unit,
-        codes_t.view(torch.int32 if byte_codes else torch.int64), column_unit, rows, columns, segment_columns,
+        codes_t.view(torch.int8 if byte_codes else torch.int16), column_unit, rows, columns, segment_columns,
         CODE=tiles.TRITON_DTYPES[codes.dtype], PEAK=peak, enable_fp_fusion=False, **config,
     )  # fmt: skip
 
