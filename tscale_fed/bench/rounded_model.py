@@ -56,9 +56,7 @@ def _layer(x: Tensor, weights: Mapping[str, Tensor], kind: tuple[int, float], ta
     key = rounded(rotate(normalise_ref(key), *table), score) * key.square().mean(-1, keepdim=True).sqrt()
     attended = rounded(attention_ref(query, key, rounded(normalise_ref(value), precision.value_code), *kind), torch.bfloat16)
     products = combine_ref(rounded(normalise_ref(gate), code), attended)
-    # For the combiner's gradient the engine remakes products, without the rounding to codes that the forward pass has.
-    exact = _linear(products, weights["combiner"])
-    x = x + exact + (_linear(rounded(products, code), weights["combiner"]) - exact).detach()
+    x = x + _linear(rounded(products, code), weights["combiner"])
     wide = normalise_ref(_linear(rounded(normalise_ref(x), code), weights["ffn_up"]))
     if code == torch.int8:
         wide = wide + (ref_keep_sign(wide * vector_scale(code)) / vector_scale(code) - wide).detach()
