@@ -66,14 +66,10 @@ def through_norm_add_rows(setting: Setting, code: torch.dtype, given: torch.dtyp
 
 CASES = {}
 for _name, _code in CODES.items():
-    CASES[f"weight_gradient projection {_name}"] = partial(
-        weight_gradient, code=_code, inputs=0, outputs_=4, mapped=True, accumulate=False
-    )
+    CASES[f"weight_gradient projection {_name}"] = partial(weight_gradient, code=_code, inputs=0, outputs_=4, mapped=True, accumulate=False)
     CASES[f"weight_gradient combiner {_name}"] = partial(weight_gradient, code=_code, inputs=4, outputs_=0, mapped=False, accumulate=True)
     CASES[f"weight_gradient ffn_up {_name}"] = partial(weight_gradient, code=_code, inputs=0, outputs_=1, mapped=False, accumulate=False)
     CASES[f"weight_gradient ffn_down {_name}"] = partial(weight_gradient, code=_code, inputs=1, outputs_=0, mapped=False, accumulate=True)
 for _name, _code in CODES.items():
     CASES[f"through_norm_add_rows {_name}"] = partial(through_norm_add_rows, code=_code, given=torch.bfloat16, stream=torch.float32)
-CASES["through_norm_add_rows bf16 stream"] = partial(
-    through_norm_add_rows, code=torch.int8, given=torch.float32, stream=torch.bfloat16
-)
+CASES["through_norm_add_rows bf16 stream"] = partial(through_norm_add_rows, code=torch.int8, given=torch.float32, stream=torch.bfloat16)
