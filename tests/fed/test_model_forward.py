@@ -197,6 +197,7 @@ def test_rounded_weights_change_predictions_but_not_the_weights() -> None:
     assert torch.equal(before, model.parameter_store.flat)
 
 
+@pytest.mark.slow
 def test_a_layer_compiles_as_one_graph() -> None:
     """`fullgraph` refuses any branch on data; the tracing backend needs no compiler on the machine."""
     model = random_model("e128h1d4w16", dtype=torch.float64)

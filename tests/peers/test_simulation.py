@@ -91,7 +91,10 @@ def test_four_peers_agree_and_each_moves_with_everybodys_work() -> None:
     simulate(scenario)
 
 
-def test_64_peers_one_trace_per_seed() -> None:
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_64_peers(again: bool) -> None:
+    """`again`: a second run of the seed leaves the same trace."""
+
     async def scenario(swarm: SimulatedSwarm) -> None:
         await founded(swarm, 63, step_s=2.0)
         await swarm.clock.sleep(10)
@@ -100,7 +103,8 @@ def test_64_peers_one_trace_per_seed() -> None:
         await all_equal(swarm)
         assert authors_in(swarm.living()[0]) == 64
 
-    assert simulate(scenario, seed=5) == simulate(scenario, seed=5)
+    trace = simulate(scenario, seed=5)
+    assert not again or simulate(scenario, seed=5) == trace
 
 
 def test_another_seed_gives_another_trace() -> None:
@@ -230,7 +234,7 @@ def test_a_peer_that_was_away_longer_than_logs_reach_takes_snapshot_chunks() -> 
     simulate(scenario, new_log=lambda: MemoryLog(8))
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 3, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_random_churn(seed: int) -> None:
     """Kills, joins and cuts at random; whoever lives ends up with equal bits."""
 
