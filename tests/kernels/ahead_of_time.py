@@ -240,28 +240,28 @@ def chosen_cases(options: argparse.Namespace) -> list[tuple[str, Builder, tuple[
     return [(name, build, cards[name]) for name, build in load_cases(found_modules(), [f"={name}" for name in cards]).items()]
 
 
-def run_part(options: argparse.Namespace) -> int:
+def run_part(options: argparse.Namespace, part: int) -> Iterator[str]:
     """Cases number part, part + processes, ...; their kernels and faults as lines."""
     torch.set_num_threads(1)
     seen: set[str] = set()
-    faults = 0
-    for name, build, cards in chosen_cases(options)[options.part :: options.processes]:
+    for name, build, cards in chosen_cases(options)[part :: options.processes]:
         for result in compile_case(name, build, cards, seen, options.timed):
-            wrong = [result] if isinstance(result, str) else result.faults()
-            faults += len(wrong)
-            print("\n".join([*([] if isinstance(result, str) else [result.line()]), *(f"{FAULT} {fault}" for fault in wrong)]), flush=True)
-    return 1 if faults else 0
+            if not isinstance(result, str):
+                yield result.line()
+            yield from (f"{FAULT} {fault}" for fault in ([result] if isinstance(result, str) else result.faults()))
 
 
 def main() -> int:
     options = options_of()
     if options.part is not None:
-        return run_part(options)
-    lines, good = run_parts(sys.argv[0], options.processes, sys.argv[1:])
+        for line in run_part(options, options.part):
+            print(line, flush=True)
+        return 0
+    lines, ended = run_parts(sys.argv[0], options.processes, sys.argv[1:], run_part(options, 0))
     print("\n".join(lines))
     faults, kernels = (sum(line.startswith(FAULT) is fault for line in lines) for fault in (True, False))
     print(f"{kernels} kernels, {faults} faults, triton {triton.__version__}")
-    return 0 if good and kernels else 1
+    return 0 if ended and kernels and not faults else 1
 
 
 if __name__ == "__main__":

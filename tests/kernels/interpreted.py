@@ -51,10 +51,8 @@ def main() -> int:
         for line in run_part(options, options.part, seed):
             print(line, flush=True)
         return 0
-    if options.processes == 1:
-        lines, ended = list(run_part(options, 0, seed)), True
-    else:
-        lines, ended = run_parts(sys.argv[0], options.processes, [*sys.argv[1:], "--seed", str(seed)])
+    own_part = run_part(options, 0, seed)
+    lines, ended = run_parts(sys.argv[0], options.processes, [*sys.argv[1:], "--seed", str(seed)], own_part)
     print("\n".join(lines))
     failed, skipped = (sum(line.startswith(verdict) for line in lines) for verdict in ("FAIL", "SKIP"))
     print(f"{len(lines)} cases, {failed} failed, {skipped} skipped, seed {seed}{'' if ended else '; a process died'}")

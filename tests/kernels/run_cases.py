@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,13 +163,18 @@ def short_traceback(error: BaseException) -> str:
     return f"{' > '.join(part for part in own if not part.startswith('run_cases'))} {message}"
 
 
-def run_parts(script: str, processes: int, words: list[str]) -> tuple[list[str], bool]:
-    """A script in several processes, each with `words` and its --part of the cases. Returns all lines, and whether all ended with 0."""
+def run_parts(script: str, processes: int, words: list[str], own_part: Iterable[str]) -> tuple[list[str], bool]:
+    """A script in several processes, each with `words` and its --part of the cases; this process makes the lines of part 0.
+
+    Returns all lines, and whether all other processes ended with 0.
+    """
     command = [sys.executable, script, *words, "--processes", str(processes), "--part"]
-    children = [subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, text=True) for part in range(processes)]
+    children = [subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, text=True) for part in range(1, processes)]
     with ThreadPoolExecutor(processes) as pool:  # each is read while it runs, or one would wait for room in its pipe
-        texts = list(pool.map(lambda child: child.communicate()[0], children))
-    return [line for text in texts for line in text.splitlines()], all(child.returncode == 0 for child in children)
+        texts = [pool.submit(child.communicate) for child in children]
+        lines = list(own_part)
+        lines += [line for text in texts for line in text.result()[0].splitlines()]
+    return lines, all(child.returncode == 0 for child in children)
 
 
 def usable_processes() -> int:
