@@ -1,10 +1,10 @@
-"""Inputs of a weight gradient: the forward operand, scaled token by token, requantised by column and stored transposed.
+"""Inputs of a weight gradient, stored transposed.
 
+A normalised operand (`transpose_scaled`, optionally with the ReLU of it) is scaled token by token and requantised by column:
     codes_t[k, t] = nearest(x[t, k] * token_scale[t] / column_unit[k]),    column_unit[k] = max_t |x[t, k]| token_scale[t] / peak
-token_scale is the inverse of the weights that the gradient side was multiplied with (`balance.py`), so the two cancel in the product.
-x is a normalised operand (`transpose_scaled`, optionally with the ReLU of it) or the products of gate and attention result
-(`transpose_products`, made again here, not rounded in between). bf16 codes have unit 1.
-Without a token_scale the codes of the products are those that the forward pass made, transposed: one pass, no maxima.
+token_scale is the inverse of the weights that the gradient side was multiplied with (`balance.py`), so the two cancel in the product. bf16
+codes have unit 1. The products of gate and attention result (`transpose_products`) are made again with the codes of the forward pass: their
+gradient side has weight 1, so they need neither scale nor maxima.
 
 Rows of the transposed products are in the canonical order of the combiner's columns: row h*512 + r*128 + z holds
 gate[h, z XOR r] * out[h, z], in natural channels z. (Gate and result come in blocked order, see tscale_fed/model/combiner.py; a transpose
@@ -35,21 +35,13 @@ def ref_transpose_scaled(x: Tensor, *, token_scale: Tensor, relu: bool, codes_t:
     _ref_transpose(numbers * token_scale[:, None], vector_scale(x.dtype), codes_t, column_max, column_unit)
 
 
-def ref_transpose_products(
-    gate: Tensor, out: Tensor, *, token_scale: Tensor | None, codes_t: Tensor, column_max: Tensor | None, column_unit: Tensor
-) -> None:
+def ref_transpose_products(gate: Tensor, out: Tensor, *, codes_t: Tensor, column_unit: Tensor) -> None:
     """See `transpose_products`."""
     rows = gate.shape[0]
     gate_blocks = gate.float().view(rows, -1, _REPLICAS, 1, _BLOCK)
-    scaled_out = out.float() if token_scale is None else out.float() * token_scale[:, None]
-    products = (gate_blocks * scaled_out.view(rows, -1, 1, _REPLICAS, _BLOCK)).flatten(1)  # [M, (h, i, j, m)]
-    canonical = products.index_select(1, _kernel_columns(codes_t.shape[0], gate.device))
-    if token_scale is None:
-        column_unit.fill_(1.0 / vector_scale(gate.dtype))
-        codes_t.copy_(encode(canonical, codes_t.dtype).T)
-        return
-    assert column_max is not None
-    _ref_transpose(canonical, vector_scale(gate.dtype), codes_t, column_max, column_unit)
+    products = (gate_blocks * out.float().view(rows, -1, 1, _REPLICAS, _BLOCK)).flatten(1)  # [M, (h, i, j, m)]
+    codes_t.copy_(encode(products.index_select(1, _kernel_columns(codes_t.shape[0], gate.device)), codes_t.dtype).T)
+    column_unit.fill_(1.0 / vector_scale(gate.dtype))
 
 
 def _kernel_columns(columns: int, device: torch.device) -> Tensor:
@@ -74,7 +66,8 @@ def _ref_transpose(scaled: Tensor, scale: float, codes_t: Tensor, column_max: Te
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
-# Two passes: the column maxima, then the codes. Tiles have the shape [R, BM / R, BN] with token = R * second + first (see `quantize.py`).
+# `transpose_scaled` makes two passes: the column maxima, then the codes. Its tiles have the shape [R, BM / R, BN] with
+# token = R * second + first (see `quantize.py`).
 
 if has_triton():
     import triton
@@ -82,7 +75,7 @@ if has_triton():
 
     from tscale_kernels.attention import small_to_float
     from tscale_kernels.codes import encode_tile
-    from tscale_kernels.quantize import e4m3_bits, factor_of, size_bits
+    from tscale_kernels.quantize import e4m3_bits, factor_of
 
     @triton.jit
     def store_transposed(scaled, codes_t, row, M, first, CODE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -121,59 +114,6 @@ if has_triton():
             return tl.div_rn(tl.full(maximum.shape, 1.0, tl.float32), scale)
         else:
             return tl.div_rn(maximum, PEAK * scale)
-
-    @triton.jit
-    def product_row(column, block):  # type: ignore[no-untyped-def]
-        """Canonical row of gate block i = `block` times the attention result's column h*128 + j*32 + m."""
-        j = column // 32 % 4
-        return column // 128 * 512 + (j ^ block) * 128 + column % 32 * 4 + j
-
-    @triton.jit
-    def product_of(gate, out, token_scale, token, column, block, N):  # type: ignore[no-untyped-def]
-        """fp32 products of gate block `block` and columns `column` of the attention result, times the token's scale."""
-        at = token.to(tl.int64) * N
-        attended = tl.load(out + at + column).to(tl.float32) * tl.load(token_scale + token)
-        return tl.load(gate + at + (column // 128 * 128 + block * 32 + column % 32)).to(tl.float32) * attended
-
-    @triton.jit
-    def products_max_kernel(  # type: ignore[no-untyped-def]
-        gate, out, token_scale, column_max, N, tiles_of_rows, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr
-    ):
-        """Maxima of the four products of BN columns of the attention result. column_max: int32 pointer to bits."""
-        column = tl.program_id(0) * BN + tl.arange(0, BN)
-        largest_0, largest_1 = tl.zeros((BM, BN), tl.int32), tl.zeros((BM, BN), tl.int32)
-        largest_2, largest_3 = tl.zeros((BM, BN), tl.int32), tl.zeros((BM, BN), tl.int32)
-        first = tl.program_id(1) * STEPS
-        for tile in range(first, min(first + STEPS, tiles_of_rows)):
-            token = tile * BM + tl.arange(0, BM)[:, None]
-            largest_0 = tl.maximum(largest_0, size_bits(product_of(gate, out, token_scale, token, column[None, :], 0, N)))
-            largest_1 = tl.maximum(largest_1, size_bits(product_of(gate, out, token_scale, token, column[None, :], 1, N)))
-            largest_2 = tl.maximum(largest_2, size_bits(product_of(gate, out, token_scale, token, column[None, :], 2, N)))
-            largest_3 = tl.maximum(largest_3, size_bits(product_of(gate, out, token_scale, token, column[None, :], 3, N)))
-        tl.atomic_max(column_max + product_row(column, 0), tl.max(largest_0, axis=0), sem="relaxed")
-        tl.atomic_max(column_max + product_row(column, 1), tl.max(largest_1, axis=0), sem="relaxed")
-        tl.atomic_max(column_max + product_row(column, 2), tl.max(largest_2, axis=0), sem="relaxed")
-        tl.atomic_max(column_max + product_row(column, 3), tl.max(largest_3, axis=0), sem="relaxed")
-
-    @triton.jit
-    def transpose_products_kernel(  # type: ignore[no-untyped-def]
-        gate, out, token_scale, column_max, codes_t, column_unit, M, N, scale,
-        CODE: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr,
-    ):  # fmt: skip
-        """Program (i, j): the four products of BN columns of the attention result in row tiles j * STEPS .. + STEPS, one after the other
-        (reading the result four times, from the cache, is cheaper than holding the factors of four columns)."""
-        column = tl.program_id(0) * BN + tl.arange(0, BN)
-        token = tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
-        first = tl.program_id(1) * STEPS
-        for block in range(4):
-            row = product_row(column, block)
-            maximum = tl.load(column_max + row)
-            if tl.program_id(1) == 0:
-                tl.store(column_unit + row, column_unit_of(maximum, scale, PEAK))
-            factor = factor_of(maximum, PEAK)[None, None, :]
-            for tile in range(first, min(first + STEPS, M // BM)):
-                product = product_of(gate, out, token_scale, tile * BM + token, column[None, None, :], block, N)
-                store_transposed(product * factor, codes_t, row, M, tile * BM, CODE, BM, BN)
 
     @triton.jit
     def four_tokens(x, row_stride):  # type: ignore[no-untyped-def]
@@ -216,11 +156,11 @@ if has_triton():
         tl.store(to + tl.arange(0, 128).to(tl.int64)[:, None] * words + tl.arange(0, BM // 4)[None, :], transposed)
 
     @triton.jit
-    def plain_products_kernel(  # type: ignore[no-untyped-def]
+    def transpose_products_kernel(  # type: ignore[no-untyped-def]
         gate, out, codes_t, column_unit, M, N, unit,
         CODE: tl.constexpr, BM: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
-        """Program (h, j): the 512 products of a head, without a token scale, in row tiles j * STEPS .. + STEPS. Every number is read once,
+        """Program (h, j): the 512 products of a head in row tiles j * STEPS .. + STEPS. Every number is read once,
         CHANNELS neighbouring ones by a thread. codes_t: pointer to words of four codes."""
         head = tl.program_id(0)
         if tl.program_id(1) == 0:
@@ -255,32 +195,14 @@ def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, 
     )  # fmt: skip
 
 
-def _launch_plain_products(gate: Tensor, out: Tensor, codes_t: Tensor, column_unit: Tensor) -> None:
+def _launch_products(gate: Tensor, out: Tensor, *, codes_t: Tensor, column_unit: Tensor) -> None:
     rows, columns = gate.shape
-    config = fitted(launch("transpose_products_plain", tiles.capability(gate.device), gate.dtype), BM=rows)
+    config = fitted(launch("transpose_products", tiles.capability(gate.device), gate.dtype), BM=rows)
     heads, row_tiles = columns // (_REPLICAS * _BLOCK), rows // config["BM"]
     config["STEPS"] = tiles.steps_per_program(config["STEPS"], row_tiles, heads, gate.device)
-    plain_products_kernel[(heads, triton.cdiv(row_tiles, config["STEPS"]))](
+    transpose_products_kernel[(heads, triton.cdiv(row_tiles, config["STEPS"]))](
         gate, out, codes_t.view(torch.int64 if gate.dtype == torch.bfloat16 else torch.int32), column_unit, rows, columns,
         1.0 / vector_scale(gate.dtype), CODE=tiles.TRITON_DTYPES[gate.dtype], **config,
-    )  # fmt: skip
-
-
-def _launch_products(gate: Tensor, out: Tensor, token_scale: Tensor, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
-    (rows, columns), capability = gate.shape, tiles.capability(gate.device)
-    if gate.dtype != torch.bfloat16:
-        column_max.zero_()
-        config = fitted(launch("products_max", capability, gate.dtype), BM=rows, BN=columns)
-        row_tiles = rows // config["BM"]
-        config["STEPS"] = tiles.steps_per_program(config["STEPS"], row_tiles, columns // config["BN"], gate.device)
-        products_max_kernel[(columns // config["BN"], triton.cdiv(row_tiles, config["STEPS"]))](
-            gate, out, token_scale, column_max.view(torch.int32), columns, row_tiles, enable_fp_fusion=False, **config
-        )
-    config = fitted(launch("transpose_products", capability, gate.dtype), BM=rows, BN=columns)
-    config["STEPS"] = tiles.steps_per_program(config["STEPS"], rows // config["BM"], columns // config["BN"], gate.device)
-    transpose_products_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
-        gate, out, token_scale, column_max, codes_t, column_unit, rows, columns, vector_scale(gate.dtype),
-        CODE=tiles.TRITON_DTYPES[gate.dtype], PEAK=_PEAK.get(gate.dtype, 0.0), enable_fp_fusion=False, **config,
     )  # fmt: skip
 
 
@@ -309,28 +231,11 @@ def transpose_scaled(
     ref_transpose_scaled(x, token_scale=token_scale, relu=relu, codes_t=codes_t, column_max=column_max, column_unit=column_unit)
 
 
-def transpose_products(
-    gate: Tensor,
-    out: Tensor,
-    *,
-    token_scale: Tensor | None,
-    codes_t: Tensor,
-    column_max: Tensor | None,
-    column_unit: Tensor,
-    backend: BackendName | None = None,
-) -> None:
-    """Codes of (gate * out) * token_scale by columns, transposed, rows in the canonical order of combiner columns.
+def transpose_products(gate: Tensor, out: Tensor, *, codes_t: Tensor, column_unit: Tensor, backend: BackendName | None = None) -> None:
+    """Codes nearest(gate * out), those of the forward pass, transposed, rows in the canonical order of combiner columns.
 
-    gate: codes [M, A] in blocked channel order; out: bf16 [M, A], the attention result in blocked order. token_scale: fp32 [M], > 0; or
-    None: the codes are nearest(gate * out), those of the forward pass, and every unit is 1 / vector_scale.
-    Writes codes_t [4A, M] of gate's dtype and column_unit fp32 [4A]; column_max fp32 [4A] is scratch (unused, may be None, without a
-    token_scale). M and A are multiples of 128.
+    gate: codes [M, A] in blocked channel order; out: bf16 [M, A], the attention result in blocked order.
+    Writes codes_t [4A, M] of gate's dtype and column_unit fp32 [4A], 1 / vector_scale everywhere. M and A are multiples of 128.
     """
-    if choose(gate.device, backend).name == "triton":
-        if token_scale is None:
-            _launch_plain_products(gate, out, codes_t, column_unit)
-            return
-        assert column_max is not None, "a token_scale needs column_max"
-        _launch_products(gate, out, token_scale, codes_t, column_max, column_unit)
-        return
-    ref_transpose_products(gate, out, token_scale=token_scale, codes_t=codes_t, column_max=column_max, column_unit=column_unit)
+    run = _launch_products if choose(gate.device, backend).name == "triton" else ref_transpose_products
+    run(gate, out, codes_t=codes_t, column_unit=column_unit)

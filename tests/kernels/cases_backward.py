@@ -116,26 +116,13 @@ def transpose_scaled(setting: Setting, code: torch.dtype, relu: bool) -> Case:
 
 
 def transpose_products(setting: Setting, code: torch.dtype) -> Case:
-    rows, columns = setting.sizes.rows, setting.sizes.attention_width
-    gate, scale = setting.vector_codes(rows, columns, code), setting.uniform((rows,), 1e-4, 1e-2)
-    attended = setting.normal((rows, columns), torch.bfloat16, 0.3)
-    passes = 1 if code == torch.bfloat16 else 2
-    return Case(
-        outputs=lambda: transpose_outputs(setting, code, 4 * columns),
-        run=lambda out, backend: transpose.transpose_products(gate, attended, token_scale=scale, backend=backend, **out),
-        limits={"codes_t": 0, "column_unit": 0},
-        bytes_moved=rows * columns * (passes * (2 + code.itemsize) + 4 * code.itemsize),
-    )
-
-
-def transpose_products_plain(setting: Setting, code: torch.dtype) -> Case:
     """As the engine calls it; some products are larger than the largest code, some lie between two codes."""
     rows, columns = setting.sizes.rows, setting.sizes.attention_width
     gate, attended = setting.vector_codes(rows, columns, code), setting.normal((rows, columns), torch.bfloat16, 1.5)
     attended[1::5] = 0.5
     return Case(
         outputs=lambda: {name: x for name, x in transpose_outputs(setting, code, 4 * columns).items() if name != "column_max"},
-        run=lambda out, backend: transpose.transpose_products(gate, attended, token_scale=None, column_max=None, backend=backend, **out),
+        run=lambda out, backend: transpose.transpose_products(gate, attended, backend=backend, **out),
         limits={"codes_t": 0, "column_unit": 0},
         bytes_moved=rows * columns * (2 + 5 * code.itemsize),
     )
@@ -286,7 +273,6 @@ def _add_quantisers(name: str, code: torch.dtype) -> None:
     CASES[f"transpose_scaled {name}"] = partial(transpose_scaled, code=code, relu=False)
     CASES[f"transpose_scaled {name} relu"] = partial(transpose_scaled, code=code, relu=True)
     CASES[f"transpose_products {name}"] = partial(transpose_products, code=code)
-    CASES[f"transpose_products_plain {name}"] = partial(transpose_products_plain, code=code)
     CASES[f"to_input {name}"] = partial(to_input, code=code)
     CASES[f"to_input {name} coded"] = partial(to_input_coded, code=code)
     CASES[f"through_relu_norm {name}"] = partial(through_relu_norm, code=code)

@@ -204,14 +204,13 @@ def test_products_are_transposed_in_the_order_of_the_combiner() -> None:
     gate = encode(torch.randn(rows, width, generator=generator) * 24, INT8)
     out = torch.randn(rows, width, generator=generator).bfloat16()
     blocked = blocked_channels(heads)
-    codes_t, column_max, column_unit = poisoned((4 * width, rows), INT8), torch.empty(4 * width), torch.empty(4 * width)
-    transpose.transpose_products(
-        gate[:, blocked].contiguous(), out[:, blocked].contiguous(), token_scale=torch.ones(rows), codes_t=codes_t,
-        column_max=column_max, column_unit=column_unit,
-    )  # fmt: skip
+    codes_t, column_unit = poisoned((4 * width, rows), INT8), torch.empty(4 * width)
+    gate_input, out_input = gate[:, blocked].contiguous(), out[:, blocked].contiguous()
+    transpose.transpose_products(gate_input, out_input, codes_t=codes_t, column_unit=column_unit)
     shape = (1, rows, heads, 128)
-    want = combine_ref((gate.float() / 24).view(shape), out.float().view(shape))[0]
-    assert_close("products", codes_t.float().T * column_unit, want, 1.5e-2)
+    want = encode(combine_ref(gate.float().view(shape), out.float().view(shape))[0], INT8)
+    assert_same_bits("products", codes_t.T.contiguous(), want)
+    assert_same_bits("units", column_unit, torch.full((4 * width,), 1 / 24))
 
 
 # -- data gradients ----------------------------------------------------------------------------------------------------

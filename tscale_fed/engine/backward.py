@@ -130,9 +130,8 @@ def _combiner(work: BackwardWork, layer: int) -> None:
     codes, codes_t = _quantise(work, layer, b.dx, stats.into_combiner, b.ones, COMBINER_SALT)
     to_input(codes, b.row_unit, matrix.transposed, matrix.units, out=d_products, out_unit=d_unit, backend=backend)
     transpose_products(
-        b.gate[slot], b.attended[slot], token_scale=None, codes_t=products_t, column_max=None, column_unit=b.state_column_unit[:columns],
-        backend=backend,
-    )  # fmt: skip
+        b.gate[slot], b.attended[slot], codes_t=products_t, column_unit=b.state_column_unit[:columns], backend=backend
+    )
     _weight_gradient(work, codes_t, products_t, work.gradients.layers[layer].combiner)
 
     width, _ = forward.sizes.shape.layers()[layer]
