@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tscale_fed.bench.kernel_profile import short_name
+from tscale_fed.bench.machine import command_text
 from tscale_fed.bench.step_measure import Timed
 from tscale_fed.bench.step_rows import Sizes, zipf_batches
 from tscale_fed.bench.step_table import figures, goal_met, table_lines
@@ -20,6 +21,12 @@ BIG = Sizes(ModelShape.parse("e1280h20d42w1024", vocab=50257), 24, 1024, torch.d
 
 def timed(name: str, milliseconds: float, **more: int) -> Timed:
     return Timed(name, [milliseconds] * 10, **more)  # type: ignore[arg-type]
+
+
+def test_the_command_of_a_result_names_no_place_of_the_machine() -> None:
+    typed = ["bench", "step", "--rows", "int8", "--text", "/data/some/text.xz", "--out", "/tmp/x.json"]
+    assert command_text(typed) == "tscale bench step --rows int8 --text text.xz"
+    assert command_text(["step", "--out=/tmp/x.json", "--top", "3"]) == "tscale bench step --top 3"
 
 
 def test_counts_with_and_without_the_embedding() -> None:

@@ -52,10 +52,13 @@ def machine_facts(device: str, unix_time: float) -> dict[str, Any]:
 
 
 def command_text(arguments: Sequence[str] | None = None) -> str:
-    """The command line as it can be typed again, from any folder that has the package."""
+    """The command line as it can be typed again on any machine: without --out, and of absolute paths only the file's name."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     words = words if words[:1] == ["bench"] else ["bench", *words]
-    return shlex.join(["tscale", *words])
+    if "--out" in words:
+        del words[words.index("--out") : words.index("--out") + 2]
+    words = [word for word in words if not word.startswith("--out=")]
+    return shlex.join(["tscale", *(Path(word).name if word.startswith("/") else word for word in words)])
 
 
 def result_path(name: str, wanted: Path | None) -> Path:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,12 +64,16 @@ def run(arguments: argparse.Namespace) -> int:
     batches = zipf_batches(sizes, 1, seed=1)
     at_once = arguments.at_once or sorted({max(1, sizes.fragments // part) for part in (1, 3, 12)}, reverse=True)
     found: list[tuple[str, int, Timed]] = []
+
+    def keep(row: Timed, plan: str, fragments: int) -> None:
+        found.append((plan, fragments, row))
+
     for name in dict.fromkeys(arguments.rows):
         for plan in dict.fromkeys(arguments.plans):
             for fragments in at_once:
                 options = RowOptions(-(-sizes.fragments // fragments), plan)
-                timed = measure(name, sizes, batches, options, progress.say, steps=1, warm_up=1, seconds=60.0, top=0)
-                found.append((plan, fragments, timed))
+                measure(name, sizes, batches, options, progress.say, steps=1, warm_up=1, seconds=60.0, top=0,
+                        keep=partial(keep, plan=plan, fragments=fragments))  # fmt: skip
     path = result_path(f"memory-{arguments.preset}", arguments.out)
     _write(path, arguments, sizes, found)
     over = complaints(sizes, arguments.preset, found)

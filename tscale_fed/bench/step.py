@@ -67,12 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
     batches = zipf_batches(sizes, 4, seed=1)
     path = result_path(f"step-{arguments.preset}", arguments.out)
     rows: list[Timed] = []
-    for name in dict.fromkeys(arguments.rows):
-        top = arguments.top if name in arguments.profile else 0
-        row = measure(name, sizes, batches, options, progress.say, steps=arguments.steps, warm_up=WARM_UP_STEPS,
-                      seconds=arguments.seconds, top=top)  # fmt: skip
+
+    def keep(row: Timed) -> None:
         rows.append(row)
         _write(path, arguments, sizes, rows)
+
+    for name in dict.fromkeys(arguments.rows):
+        top = arguments.top if name in arguments.profile else 0
+        measure(name, sizes, batches, options, progress.say, steps=arguments.steps, warm_up=WARM_UP_STEPS,
+                seconds=arguments.seconds, top=top, keep=keep)  # fmt: skip
     print("\n".join(["", *table_lines(sizes, rows), f"written: {path}"]))
     return 0 if goal_met(arguments.preset, sizes, rows) else 1
 

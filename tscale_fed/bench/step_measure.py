@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,9 +55,10 @@ class Timed:
 
 def measure(
     name: str, sizes: Sizes, batches: list[tuple[Tensor, Tensor]], options: RowOptions, say: Say,
-    *, steps: int, warm_up: int, seconds: float, top: int,
-) -> Timed:  # fmt: skip
-    """Build a row, step it, tell. A row that cannot run is a result, not an error. `top`: kernels to list, 0 = no profile."""
+    *, steps: int, warm_up: int, seconds: float, top: int, keep: Callable[[Timed], None],
+) -> None:  # fmt: skip
+    """Build a row, step it, tell. A row that cannot run is a result, not an error. `keep` gets the figures as soon as they are there:
+    before the profile of `top` kernels (0 = none), which may take longer than somebody waits."""
     forget()
     host_before = resident_bytes()
     started = time.perf_counter()
@@ -72,7 +74,8 @@ def measure(
         milliseconds, last = _time(row, sizes, steps, warm_up, seconds)
     except (Refused, torch.OutOfMemoryError, ImportError) as error:
         say(f"{name}: {error}")
-        return Timed(name, failure=str(error).splitlines()[0])
+        keep(Timed(name, failure=str(error).splitlines()[0]))
+        return
     on_gpu = sizes.device.type == "cuda"
     timed = Timed(
         name, milliseconds, start_s,
@@ -81,10 +84,10 @@ def measure(
     )  # fmt: skip
     rate = sizes.step_tokens / timed.median_ms * 1e3
     say(f"{name}: {timed.median_ms:.2f} ms, {rate:,.0f} tokens/s, started in {start_s:.0f} s; {timed.facts.get('plan', '')}")
+    keep(timed)
     if top and on_gpu:
         print("\n".join([f"-- {name}", *kernel_lines(lambda: row.step(0, RATE), top)]), flush=True)
     row.close()
-    return timed
 
 
 def forget() -> None:
