@@ -14,7 +14,8 @@ Map of the room, in reading order:
     host_update.py    the same update, and codes, for weights in host memory (host_native.py builds host_update.c)
     place_codes.py    codes that the host made, put in kernel order on the device
     delta_onebit.py   one-bit deltas: encode a displacement, add a decoded delta to an integer basepoint, on an exact grid
-    delta_int8.py, delta_topk.py, delta_lowrank.py  the same with 8 bits, with the k largest values, with factors of low rank
+    delta_int8.py, delta_int4.py   the same with 8 and with 4 bits (delta_blocks.py: blocks and steps of both)
+    delta_topk.py, delta_lowrank.py  the same with the k largest values, with factors of low rank
     testing.py        error measure, shapes that break kernels, bit-exact comparison
 
 Every operation file has the same order: formula, reference, Triton kernel, `run` functions. The reference defines the semantics.

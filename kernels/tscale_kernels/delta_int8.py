@@ -1,12 +1,10 @@
 """Eight-bit deltas on an exact grid: a code per value, a step per block of 128; encode a displacement, add a decoded delta.
 
-The values of a displacement d [R, C] are taken in row-major order and cut into blocks of 128 (the last may be shorter). With the author's
-coefficient c and u = 2**unit_exponent:
-    step_b = ceil(max|d_b| * c / u / 127)   at least 1 if the block is not zero, else 0; then rounded up to 11 significant bits
-    code_x = round(d_x * c / u / step_b)    to the nearest even, within -127..127
+The values of a displacement d [R, C] are taken in row-major order and cut into blocks of 128 (the last may be shorter). Codes -127..127 and
+steps are those of `delta_blocks`; with u = 2**unit_exponent
     decoded delta = code_x * step_b, an integer multiple of u
-Rounding the step up means that no code clips, so the remainder is at most half a step: |d - q| <= |d| for every value that the codes reach,
-and the remainder stays in the author's displacement (error feedback). Steps are those of the 16-bit code in `delta_onebit`.
+The remainder is at most half a step: |d - q| <= |d| for every value that the codes reach, and the remainder stays in the author's
+displacement (error feedback).
 
 Exactness: `apply` is integer arithmetic alone. `encode` is exact maxima, single fp32 products and quotients, and integer rounding, so every
 backend and device gives the same codes and steps too.
@@ -20,20 +18,20 @@ import torch
 from torch import Tensor
 
 from tscale_kernels import limits
-from tscale_kernels.delta_onebit import bit_length
+from tscale_kernels.delta_blocks import Grid, kernel_size, passes, scale_of
 from tscale_kernels.dispatch import BackendName, choose, has_triton
 
-_LARGEST_CODE = 127
+GRID = Grid(limits.delta_block, 127, limits.max_block_step)
 
 
 def blocks(size: int) -> int:
     """Blocks of a matrix of `size` values: the number of its steps."""
-    return -(-size // limits.delta_block)
+    return GRID.blocks(size)
 
 
 def valid(codes: Tensor) -> Tensor:
     """bool [1], on the device: no code is -128, which no encoder writes. codes: int8, any shape."""
-    return (codes != -_LARGEST_CODE - 1).all().reshape(1)
+    return (codes != -GRID.largest_code - 1).all().reshape(1)
 
 
 # -- reference ---------------------------------------------------------------------------------------------------------
@@ -44,17 +42,10 @@ def ref_encode(displacement: Tensor, coefficient: float, unit_exponent: int) -> 
     flat = displacement.reshape(-1)
     codes = torch.empty(flat.numel(), dtype=torch.int8, device=flat.device)
     steps = torch.empty(blocks(flat.numel()), dtype=torch.int32, device=flat.device)
-    scale = _scale(coefficient, unit_exponent)
-    for first, last in _passes(flat):
-        values = _whole_blocks(flat[first:last].float())
-        peak = values.abs().amax(dim=1)
-        units = (peak * scale).clamp(max=float(_LARGEST_CODE * limits.max_block_step))
-        found = torch.ceil(units * (1.0 / _LARGEST_CODE)).clamp(min=1.0)
-        step = _round_up(torch.where((peak > 0) & torch.isfinite(peak), found, torch.zeros_like(found)).to(torch.int32))
-        inverse = step.clamp(min=1).float().reciprocal()
-        scaled = values.mul(scale).mul_(inverse[:, None]).clamp_(-_LARGEST_CODE, _LARGEST_CODE).round_()
-        codes[first:last] = scaled.to(torch.int8).reshape(-1)[: last - first]
-        steps[first // limits.delta_block : blocks(last)] = torch.where(torch.isfinite(peak), step, -torch.ones_like(step))
+    for first, last in passes(flat):
+        found, step = GRID.encode(GRID.whole(flat[first:last].float()), scale_of(coefficient, unit_exponent))
+        codes[first:last] = found.to(torch.int8).view(-1)[: last - first]
+        steps[first // limits.delta_block : blocks(last)] = step
     return codes, steps
 
 
@@ -68,35 +59,10 @@ def ref_leak(displacement: Tensor, codes: Tensor, amounts: Tensor) -> None:
     _each_block(displacement, codes, -amounts)
 
 
-def _scale(coefficient: float, unit_exponent: int) -> float:
-    return coefficient * 2.0**-unit_exponent
-
-
-def _round_up(steps: Tensor) -> Tensor:
-    """The smallest numbers of 11 significant bits that are not below `steps`. int32 in 0..max_block_step."""
-    drop = (bit_length(steps) - limits.step_mantissa_bits).clamp(min=0).to(torch.int32)
-    return ((steps + (torch.ones_like(steps) << drop) - 1) >> drop) << drop
-
-
-def _passes(flat: Tensor) -> list[tuple[int, int]]:
-    """(first, last) of slices of whole blocks: of a size that stays in a CPU's cache, elsewhere everything at once."""
-    size = flat.numel()
-    each = limits.cpu_block_elements if flat.device.type == "cpu" else max(1, size)
-    return [(first, min(size, first + each)) for first in range(0, size, each)]
-
-
-def _whole_blocks(flat: Tensor) -> Tensor:
-    """[blocks, 128], filled up with zeros."""
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % limits.delta_block)).view(-1, limits.delta_block)
-
-
 def _each_block(target: Tensor, codes: Tensor, amounts: Tensor) -> None:
-    """target[x] += codes[x] * amounts[block of x]."""
     flat = target.view(-1)
-    for first, last in _passes(flat):
-        amount = amounts[first // limits.delta_block : blocks(last), None]
-        values = _whole_blocks(codes[first:last].to(target.dtype)).mul_(amount).view(-1)
-        flat[first:last].add_(values[: last - first])
+    for first, last in passes(flat):
+        GRID.add_products(flat[first:last], codes[first:last], amounts[first // limits.delta_block : blocks(last)])
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
@@ -146,28 +112,21 @@ def _grid(size: int) -> tuple[int]:
 
 
 def _launch_encode(displacement: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    size = _kernel_size(displacement)
+    size = kernel_size(displacement)
     codes = torch.empty(size, dtype=torch.int8, device=displacement.device)
     steps = torch.empty(blocks(size), dtype=torch.int32, device=displacement.device)
-    limit = float(_LARGEST_CODE * limits.max_block_step)
-    encode_kernel[_grid(size)](displacement, codes, steps, size, scale, limit, **_launch())
+    encode_kernel[_grid(size)](displacement, codes, steps, size, scale, GRID.most_units, **_launch())
     return codes, steps
 
 
 def _launch_add(target: Tensor, codes: Tensor, amounts: Tensor) -> None:
-    size = _kernel_size(target)
+    size = kernel_size(target)
     add_kernel[_grid(size)](target, codes, amounts, size, **_launch())
 
 
 def _launch() -> dict[str, Any]:
     """Multiplications and additions stay two roundings, as in the reference."""
     return {"BLOCKS": limits.delta_blocks_per_program, "BLOCK": limits.delta_block, "num_warps": 4, "enable_fp_fusion": False}
-
-
-def _kernel_size(matrix: Tensor) -> int:
-    if not matrix.is_contiguous() or matrix.dtype not in (torch.float32, torch.int32):
-        raise ValueError(f"the triton backend needs contiguous fp32 or int32, not {matrix.dtype} with strides {matrix.stride()}")
-    return matrix.numel()
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
@@ -190,7 +149,7 @@ def encode_unchecked(
 ) -> tuple[Tensor, Tensor]:
     """`encode` without waiting for the device: a block with a value that is not finite has step -1, for the caller to find later."""
     if choose(displacement.device, backend).name == "triton" and displacement.numel():
-        return _launch_encode(displacement, _scale(coefficient, unit_exponent))
+        return _launch_encode(displacement, scale_of(coefficient, unit_exponent))
     return ref_encode(displacement, coefficient, unit_exponent)
 
 

@@ -1,4 +1,4 @@
-"""Cases of the deltas: 8 bits, the k largest, low rank. Every result is equal bit for bit."""
+"""Cases of the deltas: 8 and 4 bits, the k largest, low rank. Every result is equal bit for bit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from case_protocol import Case, Setting, Tensors
 from torch import Tensor
 
-from tscale_kernels import delta_int8, delta_lowrank, delta_topk
+from tscale_kernels import delta_int4, delta_int8, delta_lowrank, delta_topk
 from tscale_kernels.dispatch import BackendName
 
 UNIT_EXPONENT = -22
@@ -79,6 +79,47 @@ def leak_int8(setting: Setting, rows: int, cols: int) -> Case:
         run=lambda out, backend: delta_int8.leak(out["displacement"], codes, amounts, backend=backend),
         limits={"displacement": 0},
         bytes_moved=9 * rows * cols,
+    )
+
+
+def encode_int4(setting: Setting, rows: int, cols: int) -> Case:
+    d = displacement(setting, rows, cols)
+    size = rows * cols
+
+    def run(out: Tensors, backend: BackendName) -> None:
+        _copy(out, ("packed", "steps"), delta_int4.encode_unchecked(d, COEFFICIENT, UNIT_EXPONENT, backend=backend))
+
+    return Case(
+        outputs=lambda: {
+            "packed": setting.poisoned((delta_int4.packed_bytes(size),), torch.uint8),
+            "steps": setting.poisoned((delta_int4.blocks(size),), torch.int32),
+        },
+        run=run,
+        limits={"packed": 0, "steps": 0},
+        bytes_moved=4 * size + size // 2,
+    )
+
+
+def apply_int4(setting: Setting, rows: int, cols: int) -> Case:
+    packed, steps = delta_int4.encode(displacement(setting, rows, cols), COEFFICIENT, UNIT_EXPONENT, backend="ref")
+    start = basepoint(setting, rows, cols)
+    return Case(
+        outputs=lambda: {"basepoint": start.clone()},
+        run=lambda out, backend: delta_int4.apply(out["basepoint"], packed, steps, sign=-1, backend=backend),
+        limits={"basepoint": 0},
+        bytes_moved=8 * rows * cols + packed.numel(),
+    )
+
+
+def leak_int4(setting: Setting, rows: int, cols: int) -> Case:
+    d = displacement(setting, rows, cols)
+    packed, steps = delta_int4.encode(d, COEFFICIENT, UNIT_EXPONENT, backend="ref")
+    amounts = steps.float() * (2.0**UNIT_EXPONENT / COEFFICIENT)
+    return Case(
+        outputs=lambda: {"displacement": d.clone()},
+        run=lambda out, backend: delta_int4.leak(out["displacement"], packed, amounts, backend=backend),
+        limits={"displacement": 0},
+        bytes_moved=8 * rows * cols + packed.numel(),
     )
 
 
@@ -167,6 +208,9 @@ _OPS: dict[str, partial[Case]] = {
     "delta_int8_encode": partial(encode_int8),
     "delta_int8_apply": partial(apply_int8),
     "delta_int8_leak": partial(leak_int8),
+    "delta_int4_encode": partial(encode_int4),
+    "delta_int4_apply": partial(apply_int4),
+    "delta_int4_leak": partial(leak_int4),
     "delta_topk_encode": partial(encode_topk),
     "delta_topk_apply": partial(apply_topk),
     "delta_topk_leak": partial(leak_topk),

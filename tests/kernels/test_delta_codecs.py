@@ -1,4 +1,4 @@
-"""Deltas of 8 bits, of the k largest values and of low rank: formula, integer exactness, contraction, bad input. Reference backend."""
+"""Deltas of 8 and 4 bits, of the k largest values, of low rank: formula, integer exactness, contraction, bad input (reference backend)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tscale_kernels import delta_int8, delta_lowrank, delta_topk, limits
+from tscale_kernels import delta_int4, delta_int8, delta_lowrank, delta_topk, limits
 from tscale_kernels.testing import AWKWARD_SHAPES, assert_same_bits
 
 UNIT_EXPONENT = -22
@@ -46,6 +46,12 @@ CODECS = [
         lambda d, c: delta_int8.encode(d, c, UNIT_EXPONENT),
         lambda b, delta, sign: delta_int8.apply(b, delta[0], delta[1], sign),
         lambda d, delta, c: delta_int8.leak(d, delta[0], delta[1].to(d.dtype) * (UNIT / c)),
+    ),
+    Codec(
+        "int4",
+        lambda d, c: delta_int4.encode(d, c, UNIT_EXPONENT),
+        lambda b, delta, sign: delta_int4.apply(b, delta[0], delta[1], sign),
+        lambda d, delta, c: delta_int4.leak(d, delta[0], delta[1].to(d.dtype) * (UNIT / c)),
     ),
     Codec(
         "topk",
@@ -123,7 +129,7 @@ def test_error_feedback_drains_a_constant_displacement(codec: Codec, seed: int, 
         sizes.append(float(left.norm()))
     assert all(after <= before * (1 + 1e-6) + 0.5 * UNIT / c * 64 for before, after in zip(sizes, sizes[1:], strict=False))
     # What a codec can move at once decides the pace: everything, 24 of 4096 values, 4 of 16 directions.
-    assert sizes[-1] < {"int8": 0.02, "topk": 0.75, "lowrank": 0.05}[codec.name] * sizes[0]
+    assert sizes[-1] < {"int8": 0.02, "int4": 0.02, "topk": 0.75, "lowrank": 0.05}[codec.name] * sizes[0]
     assert (d.double() - left - total.double() * (UNIT / c)).abs().max() < 1e-9
 
 
@@ -180,6 +186,37 @@ def test_int8_steps_are_those_of_the_wire_code() -> None:
 
 def test_int8_code_that_no_encoder_writes() -> None:
     assert not bool(delta_int8.valid(torch.tensor([3, -128, 5], dtype=torch.int8)))
+
+
+# -- 4 bits ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 600), st.integers(0, 1 << 30), st.floats(0.01, 1.0))
+def test_int4_is_within_half_a_step_everywhere_and_steps_are_tight(eighths: int, seed: int, c: float) -> None:
+    d = displacement(1, 8 * eighths, seed, spread=2.0)
+    packed, steps = delta_int4.encode(d, c, UNIT_EXPONENT)
+    got = torch.zeros(1, 8 * eighths, dtype=torch.int32)
+    delta_int4.apply(got, packed, steps)
+    each = steps.repeat_interleave(limits.nibble_block)[: d.numel()]
+    units = d.double().view(-1) * (c / UNIT)
+    assert torch.all((got.view(-1).double() - units).abs() <= 0.5 * each + 1e-5 * units.abs())
+    peak = torch.stack([part.abs().max() for part in units.split(limits.nibble_block)])
+    assert torch.all(steps * 7 >= peak * (1 - 1e-6))
+    assert torch.all(steps <= (peak / 7 + 1) * (1 + 2.0**-10))
+    assert bool(delta_int4.valid(packed))
+
+
+def test_int4_puts_two_codes_into_a_byte_the_first_one_low() -> None:
+    d = torch.tensor([[7.0, -7.0, 1.0, 0.0, -1.0, -2.0, 3.0, 5.0]]) * UNIT
+    packed, steps = delta_int4.encode(d, 1.0, UNIT_EXPONENT)
+    assert steps.tolist() == [1] and packed.tolist() == [0x97, 0x01, 0xEF, 0x53]
+
+
+@pytest.mark.parametrize("byte", [0x08, 0x80, 0x88, 0x8F])
+def test_int4_codes_that_no_encoder_writes(byte: int) -> None:
+    assert bool(delta_int4.valid(torch.tensor([0x97, 0x01], dtype=torch.uint8)))
+    assert not bool(delta_int4.valid(torch.tensor([0x97, byte], dtype=torch.uint8)))
 
 
 # -- the k largest -----------------------------------------------------------------------------------------------------
