@@ -19,6 +19,8 @@ from msgspec import Meta
 
 from tscale_fed.config_errors import Place, unknown_key, wrong_value
 from tscale_net.errors import Refused
+from tscale_peers.codec import codec_fault
+from tscale_peers.layout import TENSOR_CLASSES
 
 DEMO_SOURCE = "builtin:demo"
 """In [data] sources: the public-domain text that ships with the package."""
@@ -101,8 +103,10 @@ class SwarmSection(Section, frozen=True):
     """Batches of all peers together that the rate schedule is laid out for; `tscale train` stops there."""
     publish_every_steps: AtLeast1 = 5
     """Own steps between two deltas. Measured: short intervals beat precision."""
-    codec: Literal["sign"] = "sign"
-    """How a delta is packed: "sign" = 1 bit per weight and one scale per row."""
+    codec: str = "sign"
+    """How a delta is packed: "sign" = 1 bit per weight and one scale per row; docs/protocol.md lists the others."""
+    codec_for: dict[str, str] = {}
+    """Other codecs for some tensors: [swarm.codec_for] with the keys "embedding", "final" (output) and "matrix" (all others)."""
     share_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """c = share_scale * share. Measured safe up to 1; at 8 the swarm diverges."""
     own_leak: Literal["share", "one"] = "share"
@@ -262,6 +266,14 @@ def _refuse_contradictions(config: RunConfig, place: Place) -> None:
             f'{where}: own_leak and momentum_keep belong together: both "share" (sum rule, 1-bit deltas every few steps) '
             'or both "one" (averaging rule)',
         )
+    codecs: list[tuple[str, str, str]] = [("swarm", "codec", config.swarm.codec)]
+    codecs += [("swarm.codec_for", tensor_class, name) for tensor_class, name in config.swarm.codec_for.items()]
+    for section, key, name in codecs:
+        if section == "swarm.codec_for" and key not in TENSOR_CLASSES:
+            raise unknown_key(place, section, key, TENSOR_CLASSES)
+        fault = codec_fault(name)
+        if fault is not None:
+            raise Refused("bad-config", f"{place.of(section, key)}: {fault}")
     if config.optimizer.tail and config.optimizer.tail < 1:
         where = place.of("optimizer", "tail")
         raise Refused("bad-config", f"{where}: must be 0 (constant rate) or at least 1 (5 = the last fifth of the budget)")

@@ -4,7 +4,8 @@ Map of the room, in reading order.
 The algebra, which works without any network:
     limits.py           every number of the room               errors.py      reason codes of the algebra's refusals
     layout.py           one flat vector, cut into chunks of whole rows; the power-of-two unit of each tensor
-    codec.py            displacement -> payload -> integer steps: "sign" (one bit), "exact" (uncompressed, for tests and comparison)
+    codec.py            displacement -> payload -> integer steps, by name; codec_contract.py what every codec promises
+    codec_sign.py       one bit per value                      codec_exact.py uncompressed, for tests and comparison
     packet.py           the signed delta packet: strict wire form
     applied.py          which packets a replica contains, with a digest; applied_wire.py its bytes, ranges.py its arithmetic
     delta_log.py        the append-only, replayable log of packets on disk; packet_log.py its interface and its twin in memory

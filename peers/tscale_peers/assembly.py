@@ -12,7 +12,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tscale_peers.basepoint import Replica
-from tscale_peers.codec import codec_named
 from tscale_peers.delta_log import PacketLog
 from tscale_peers.exchange import Exchange, OuterRule, Signer
 from tscale_peers.gossip import Gossip
@@ -34,10 +33,9 @@ class RunTerms:
 
     @staticmethod
     def of(manifest: RunManifest) -> RunTerms:
-        """Raises Refused if the manifest's codec is not known here."""
-        run = manifest.run_id
-        terms = Terms(run, manifest.layout(), codec_named(manifest.codec), manifest.limits.max_coefficient)
-        return RunTerms(manifest, run, terms)
+        """Raises Refused if a codec of the manifest is not known here."""
+        terms = manifest.terms()
+        return RunTerms(manifest, terms.run, terms)
 
     def new_replica(self) -> Replica:
         """Zero and empty: fill it from start weights, a checkpoint or donors."""

@@ -31,6 +31,7 @@ REASONS: dict[str, str] = {
     "packet-seq": "A packet number or batch count outside its range.",
     "packet-coefficient": "A coefficient that is not positive or above the run's limit; the author asks for more than its share.",
     "packet-scale": "A row scale that is not in canonical form or above the largest step: the author's program is faulty or hostile.",
+    "packet-payload": "A payload that is not in its one spelling; the author's program is faulty or hostile.",
     "bad-signature": "The signature does not match the author's key: the packet was changed on its way, or is a forgery.",
     "out-of-range": "A packet would take the basepoint out of its integer range; the author's training has diverged. May be offered again.",
     "too-many-streams": "More author streams than the run allows.",

@@ -33,7 +33,7 @@ from tscale_net.ports import Clock
 from tscale_peers import limits, ranges
 from tscale_peers.applied import AppliedSet
 from tscale_peers.basepoint import Replica
-from tscale_peers.codec import Delta
+from tscale_peers.codec import CodecMemory, Delta
 from tscale_peers.delta_log import PacketLog
 from tscale_peers.errors import refuse
 from tscale_peers.layout import Chunk
@@ -133,6 +133,7 @@ class Exchange:
         self._clock = clock
         self._chunks = layout.chunks
         self._stale = [False] * len(layout.chunks)
+        self._memories = [CodecMemory() for _ in layout.chunks]
         most = max(chunk.size for chunk in layout.chunks)
         self._scratch = torch.empty(most, dtype=weights.dtype, pin_memory=weights.device.type == "cuda")
         self._d = torch.zeros(layout.size, dtype=weights.dtype) if displacement is None else displacement
@@ -264,8 +265,9 @@ class Exchange:
 
     def _draft(self, chunk: Chunk, batches_total: int, coefficient: float) -> _Draft:
         """The packet for one chunk, checked against everything that could refuse it later. Captures d, changes nothing else."""
-        payload = self.terms.codec.encode(self._captured(chunk), chunk, coefficient)
-        delta = self.terms.codec.open(payload, chunk)
+        codec = self.terms.codec_of(chunk)
+        payload = codec.encode(self._captured(chunk), chunk, coefficient, self._memories[chunk.index])
+        delta = codec.open(payload, chunk)
         header = Header(
             version=PACKET_VERSION,
             run=self.terms.run,
@@ -275,7 +277,7 @@ class Exchange:
             chunk=chunk.index,
             batches_total=batches_total,
             coefficient=coefficient,
-            codec=self.terms.codec.name,
+            codec=codec.name,
             created_unix=self._clock.wall(),
         )
         packet = Packet(header, delta)

@@ -2,7 +2,8 @@
 
 Enters: a list of matrices in canonical order. Leaves: tensors' offsets; chunks of at most `chunk_params` values.
 Rule: the flat vector is the tensors one after the other, row-major. A chunk is a contiguous slice made of whole rows: big tensors are cut
-between rows, small ones share a chunk. A packet carries one chunk, so a row and its scale always travel together.
+between rows, small ones share a chunk (unless their codecs differ). A packet carries one chunk, so a row and its scale always travel
+together.
 Each tensor has its own unit u = 2**unit_exponent, absolute and fixed in the manifest: the basepoint holds integer multiples of it. It must
 be far finer than one step of the swarm, so that rounding stays below the one-bit error, and coarse enough that weights fit 2**30 units.
 """
@@ -10,14 +11,20 @@ be far finer than one step of the swarm, so that rounding stays below the one-bi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
+from typing import Literal, get_args
 
 import msgspec
 from torch import Tensor
 
 from tscale_peers.errors import refuse
+
+TensorClass = Literal["embedding", "final", "matrix"]
+"""A tensor is of the class of its name if there is one, else "matrix"."""
+TENSOR_CLASSES: tuple[TensorClass, ...] = get_args(TensorClass)
 
 
 class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -32,6 +39,13 @@ class TensorSpec(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     def size(self) -> int:
         """Number of values."""
         return self.rows * self.cols
+
+    @property
+    def tensor_class(self) -> TensorClass:
+        """What a run may choose a codec by."""
+        if self.name == "embedding":
+            return "embedding"
+        return "final" if self.name == "final" else "matrix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +101,19 @@ class Layout:
     chunks: tuple[Chunk, ...]
 
     @staticmethod
-    def build(specs: Sequence[TensorSpec], chunk_params: int) -> Layout:
+    def build(specs: Sequence[TensorSpec], chunk_params: int, codecs: Sequence[str] | None = None) -> Layout:
         """Cut the tensors, in the order given, into chunks of at most `chunk_params` values.
 
+        codecs: the name of each tensor's codec; no chunk holds tensors of two. None: one codec for all.
         Raises Refused("bad-layout") naming the tensor.
         """
         for spec in specs:
             _check(spec, chunk_params)
         if not specs:
             raise refuse("bad-layout", "the run has no tensors")
-        return Layout(tuple(specs), tuple(_cut(specs, chunk_params)))
+        names = [""] * len(specs) if codecs is None else list(codecs)
+        changes = {number for number, (before, name) in enumerate(pairwise(names), start=1) if name != before}
+        return Layout(tuple(specs), tuple(_cut(specs, chunk_params, changes)))
 
     @cached_property
     def size(self) -> int:
@@ -129,14 +146,15 @@ def _check(spec: TensorSpec, chunk_params: int) -> None:
         raise refuse("bad-layout", f"tensor {spec.name}: a row of {spec.cols} values does not fit in {chunk_params}; raise chunk_params")
 
 
-def _cut(specs: Sequence[TensorSpec], chunk_params: int) -> Iterable[Chunk]:
+def _cut(specs: Sequence[TensorSpec], chunk_params: int, changes: Container[int]) -> Iterable[Chunk]:
+    """changes: numbers of the tensors that must open a chunk."""
     index = start = size = rows = 0
     segments: list[Segment] = []
     for number, spec in enumerate(specs):
         first = 0
         while first < spec.rows:
             fit = min(spec.rows - first, (chunk_params - size) // spec.cols)
-            if fit == 0:
+            if fit == 0 or (first == 0 and size and number in changes):
                 yield Chunk(index, start, start + size, rows, tuple(segments))
                 index, start, size, rows, segments = index + 1, start + size, 0, 0, []
                 continue

@@ -15,8 +15,8 @@ import msgspec
 
 from tscale_net.errors import Refused
 from tscale_net.limits import BULK_BODY_BYTES
-from tscale_peers.codec import CODECS
-from tscale_peers.layout import Layout, TensorSpec
+from tscale_peers.codec import codec_fault, codec_named
+from tscale_peers.layout import TENSOR_CLASSES, Layout, TensorSpec
 from tscale_peers.packet import Terms
 
 MANIFEST_VERSION = 1
@@ -38,6 +38,11 @@ MAX_TRAINER_SECTIONS = 64
 MAX_ADMIN_KEYS = 64
 MAX_COUNT = 1 << 53
 """Batches and steps: exact in JSON."""
+
+
+_LATER_FIELDS: dict[str, Any] = {"codec_for": {}}
+"""Fields younger than the first manifests, with their defaults: left out of the bytes where they have them, so that a run made before
+keeps its id, and an older program refuses only runs that use them."""
 
 
 class RuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,11 +86,17 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     limits: RunLimits = RunLimits()
     admin_keys: list[bytes] = []
     """Ed25519 keys that may sign tombstones and certificates; never implied by being a seed."""
+    codec_for: dict[str, str] = {}
+    """Codecs by tensor class, where they differ from `codec`: names of layout.TENSOR_CLASSES to names of codecs."""
     version: int = MANIFEST_VERSION
 
     def encode(self) -> bytes:
         """Canonical bytes: equal manifests give equal bytes."""
-        return msgspec.msgpack.encode(self, order="sorted")
+        fields = msgspec.structs.asdict(self)
+        for name, default in _LATER_FIELDS.items():
+            if fields[name] == default:
+                del fields[name]
+        return msgspec.msgpack.encode(fields, order="sorted")
 
     @property
     def run_id(self) -> bytes:
@@ -94,7 +105,12 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def layout(self) -> Layout:
         """Where each tensor lies in the flat vector, and how that is cut into chunks."""
-        return Layout.build(self.tensors, self.chunk_params)
+        return Layout.build(self.tensors, self.chunk_params, [self.codec_for.get(t.tensor_class, self.codec) for t in self.tensors])
+
+    def terms(self) -> Terms:
+        """What every packet of the run must satisfy. Raises Refused("packet-codec") if a codec is not known here."""
+        codec_for = {tensor_class: codec_named(name) for tensor_class, name in self.codec_for.items()}
+        return Terms(self.run_id, self.layout(), codec_named(self.codec), self.limits.max_coefficient, codec_for)
 
     def check(self) -> RunManifest:
         """Return self, or raise Refused("bad-manifest") naming the field and the fix."""
@@ -106,7 +122,7 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _check_packets(self) -> None:
         """Every packet of the run must fit in one message. Only now is a layout built: its size is bounded."""
-        largest = Terms(bytes(32), self.layout(), CODECS[self.codec]).max_packet_bytes
+        largest = self.terms().max_packet_bytes
         if largest > BULK_BODY_BYTES:
             raise Refused(
                 "bad-manifest",
@@ -153,7 +169,7 @@ def _faults(m: RunManifest) -> list[tuple[bool, str]]:
         (len({t.name for t in m.tensors}) != len(m.tensors), "two tensors have one name"),
         (any(not low <= t.unit_exponent <= high for t in m.tensors), f"unit exponents must lie in {low}..{high}"),
         (not least <= m.chunk_params <= most, f"chunk_params must lie in {least}..{most}"),
-        (m.codec not in CODECS, f"codec {m.codec[:32]!r} is not known here; known: {', '.join(sorted(CODECS))}"),
+        *_codec_faults(m),
         (len(m.start_hash) != 32, "start_hash must be 32 bytes"),
         (not math.isfinite(m.created_unix), "created_unix must be a number"),
         (not 1 <= m.publish_every_steps <= MAX_COUNT, "publish_every_steps must be at least 1"),
@@ -174,6 +190,17 @@ def _faults(m: RunManifest) -> list[tuple[bool, str]]:
             len(m.admin_keys) > MAX_ADMIN_KEYS or any(len(key) != 32 for key in m.admin_keys),
             f"admin_keys must be at most {MAX_ADMIN_KEYS} Ed25519 keys of 32 bytes",
         ),
+    ]
+
+
+def _codec_faults(m: RunManifest) -> list[tuple[bool, str]]:
+    unknown = [tensor_class for tensor_class in m.codec_for if tensor_class not in TENSOR_CLASSES]
+    if unknown:
+        return [(True, f"codec_for: {unknown[0][:32]!r} is no tensor class; there are {', '.join(TENSOR_CLASSES)}")]
+    faults = [codec_fault(name) for name in (m.codec, *m.codec_for.values())]
+    return [
+        *((fault is not None, fault or "") for fault in faults),
+        (m.codec in m.codec_for.values(), f"codec_for names {m.codec!r}, which all tensors have anyway; leave that class out"),
     ]
 
 

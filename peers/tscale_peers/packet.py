@@ -10,8 +10,8 @@ Nothing of a packet is believed before all of it was checked: sizes follow from 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 from blake3 import blake3
@@ -48,11 +48,19 @@ class Terms:
     run: bytes
     layout: Layout
     codec: Codec
+    """Of tensor classes that `codec_for` does not name."""
     max_coefficient: float = 1.0
+    codec_for: Mapping[str, Codec] = field(default_factory=dict)
+    """By tensor class. The layout cuts where the codec changes, so a chunk has one."""
+
+    def codec_of(self, chunk: Chunk) -> Codec:
+        """The codec of every packet for a chunk."""
+        tensor = self.layout.specs[chunk.segments[0].tensor]
+        return self.codec_for.get(tensor.tensor_class, self.codec)
 
     def packet_bytes(self, chunk: Chunk) -> int:
         """Largest packet for a chunk."""
-        return _LENGTH_BYTES + limits.packet_header_max_bytes + self.codec.payload_bytes(chunk) + SIGNATURE_BYTES
+        return _LENGTH_BYTES + limits.packet_header_max_bytes + self.codec_of(chunk).max_payload_bytes(chunk) + SIGNATURE_BYTES
 
     @property
     def max_packet_bytes(self) -> int:
@@ -116,12 +124,13 @@ class Packet:
         """Everything but the signature, for bytes whose signature was checked before (the own log).
 
         Raises Refused: "packet-truncated", "packet-oversized", "packet-malformed", "packet-version", "wrong-run", "packet-codec",
-        "packet-chunk", "packet-seq", "packet-coefficient", "packet-scale".
+        "packet-chunk", "packet-seq", "packet-coefficient", "packet-scale", "packet-payload".
         """
         head, payload, _ = _split(data)
         header = _read_header(head)
         _check_header(header, terms)
-        return Packet(header, terms.codec.open(payload, terms.layout.chunks[header.chunk]))
+        chunk = terms.layout.chunks[header.chunk]
+        return Packet(header, terms.codec_of(chunk).open(payload, chunk))
 
     @staticmethod
     def open(data: bytes, terms: Terms, verify: Verify) -> Packet:
@@ -189,10 +198,11 @@ def _check_header(header: Header, terms: Terms) -> None:
         raise refuse("packet-version", f"packet format {header.version}; this program speaks {PACKET_VERSION}: update the older side")
     if header.run != terms.run:
         raise refuse("wrong-run", f"a packet of run {header.run[:4].hex()}, not of {terms.run[:4].hex()}")
-    if header.codec != terms.codec.name:
-        raise refuse("packet-codec", f"a packet with codec {header.codec[:32]!r}; the run uses {terms.codec.name!r}")
     if header.chunk >= len(terms.layout.chunks):
         raise refuse("packet-chunk", f"a packet for chunk {header.chunk}; the run has {len(terms.layout.chunks)} chunks")
+    codec = terms.codec_of(terms.layout.chunks[header.chunk])
+    if header.codec != codec.name:
+        raise refuse("packet-codec", f"a packet with codec {header.codec[:32]!r}; the run uses {codec.name!r} for chunk {header.chunk}")
     if not 1 <= header.seq <= limits.applied_seq_max or header.batches_total > limits.applied_seq_max:
         raise refuse("packet-seq", f"packet number {header.seq} (from 1) and batch count {header.batches_total} must fit 63 bits")
     if not (math.isfinite(header.coefficient) and 0 < header.coefficient <= terms.max_coefficient):

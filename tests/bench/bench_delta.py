@@ -140,7 +140,7 @@ def wire_bytes_per_param(layout: Layout) -> float:
         header = Header(
             1, RUN, RUN, (1 << 64) - 1, limits.applied_seq_max, chunk.index, limits.applied_seq_max, 0.1, codec.name, 1.7e9 + 0.1
         )
-        total += len(Packet.seal(header, b"", lambda domain, message: bytes(64))) + codec.payload_bytes(chunk)
+        total += len(Packet.seal(header, b"", lambda domain, message: bytes(64))) + codec.max_payload_bytes(chunk)
     return total / layout.size
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tscale_peers.codec import CodecMemory
 from tscale_peers.layout import Chunk
 
 
@@ -35,10 +36,10 @@ class RealCodec:
     name: str = "real"
     basepoint_dtype: torch.dtype = torch.float64
 
-    def payload_bytes(self, chunk: Chunk) -> int:
+    def max_payload_bytes(self, chunk: Chunk) -> int:
         return chunk.size * 8
 
-    def encode(self, displacement: Tensor, chunk: Chunk, coefficient: float) -> bytes:
+    def encode(self, displacement: Tensor, chunk: Chunk, coefficient: float, memory: CodecMemory | None = None) -> bytes:
         return (displacement.double() * coefficient).numpy().astype("<f8").tobytes()
 
     def open(self, payload: bytes, chunk: Chunk) -> RealDelta:

@@ -35,10 +35,8 @@ def independent_sum(listed: list[Packet]) -> torch.Tensor:
     units = torch.cat([torch.full((spec.size,), 2.0**spec.unit_exponent, dtype=torch.float64) for spec in LAYOUT.specs])
     total = torch.round(start_weights().double() / units).to(torch.int64)
     for packet in listed:
-        steps = packet.delta.steps.repeat_interleave(  # type: ignore[attr-defined]
-            torch.cat([torch.full((s.rows,), s.cols) for s in LAYOUT.chunks[packet.chunk].segments])
-        )
-        bits = packet.delta.bits  # type: ignore[attr-defined]
+        steps, bits = packet.delta.placed.on(torch.device("cpu"))  # type: ignore[attr-defined]
+        steps = steps.repeat_interleave(torch.cat([torch.full((s.rows,), s.cols) for s in LAYOUT.chunks[packet.chunk].segments]))
         negative = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(-1).bool()
         LAYOUT.chunks[packet.chunk].of(total).add_(torch.where(negative, -steps, steps))
     return total

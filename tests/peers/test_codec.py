@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from tests.peers.core_kit import LAYOUT
 from tscale_kernels.limits import max_step
 from tscale_net.errors import Refused
-from tscale_peers.codec import CODECS, Codec, codec_named
+from tscale_peers.codec import FAMILIES, Codec, codec_named
 from tscale_peers.layout import Chunk
 
 
-@pytest.fixture(params=sorted(CODECS))
+@pytest.fixture(params=sorted(FAMILIES))
 def codec(request: pytest.FixtureRequest) -> Codec:
     return codec_named(request.param)
 
@@ -28,7 +28,7 @@ def displacement(chunk: Chunk, seed: int = 0) -> torch.Tensor:
 
 
 def test_payload_has_the_size_that_layout_and_codec_say(codec: Codec, chunk: Chunk) -> None:
-    assert len(codec.encode(displacement(chunk), chunk, 0.5)) == codec.payload_bytes(chunk)
+    assert len(codec.encode(displacement(chunk), chunk, 0.5)) == codec.max_payload_bytes(chunk)
 
 
 def test_decoded_integers_are_added_and_taken_back(codec: Codec, chunk: Chunk) -> None:

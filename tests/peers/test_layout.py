@@ -54,3 +54,17 @@ def test_tensors_that_cannot_be_cut_are_refused_by_name(spec: TensorSpec) -> Non
 def test_no_tensors_is_refused() -> None:
     with pytest.raises(Refused):
         Layout.build([], 128)
+
+
+def test_no_chunk_holds_tensors_of_two_codecs() -> None:
+    names = ["a", "b", "c", "d"]
+    specs = [TensorSpec(name, 4, 16, -20) for name in names]
+    one = Layout.build(specs, 1024)
+    assert len(one.chunks) == 1 and Layout.build(specs, 1024, ["x"] * 4).chunks == one.chunks
+    cut = Layout.build(specs, 1024, ["x", "x", "y", "x"])
+    assert [sorted({s.tensor for s in chunk.segments}) for chunk in cut.chunks] == [[0, 1], [2], [3]]
+    assert [chunk.index for chunk in cut.chunks] == [0, 1, 2]
+    assert [(chunk.start, chunk.stop) for chunk in cut.chunks] == [(0, 128), (128, 192), (192, 256)]
+    assert [s.row for chunk in cut.chunks for s in chunk.segments] == [0, 4, 0, 0]
+    full = Layout.build(specs, 64, ["x", "y", "x", "x"])
+    assert [chunk.size for chunk in full.chunks] == [64] * 4, "a chunk that is full anyway is not cut twice"

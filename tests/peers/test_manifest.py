@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,6 +69,9 @@ def test_bytes_of_another_run_are_refused() -> None:
         ({"budget_batches": 1 << 60}, "budget_batches"),
         ({"created_unix": float("inf")}, "created_unix"),
         ({"codec": "gzip" * 1000}, "codec 'gzip"),
+        ({"codec_for": {"final": "gzip"}}, "codec 'gzip"),
+        ({"codec_for": {"head": "exact"}}, "'head' is no tensor class; there are embedding, final, matrix"),
+        ({"codec_for": {"final": "sign"}}, "leave that class out"),
         ({"trainer": {str(n): n for n in range(65)}}, "trainer"),
         ({"codec": "exact", "chunk_params": 1 << 20, "tensors": [TensorSpec("a", 1 << 13, 128, -22)]}, "do not fit"),
         ({"chunk_params": 1 << 21, "tensors": [TensorSpec("narrow", 1 << 18, 8, -22)]}, "do not fit"),
@@ -82,6 +86,21 @@ def test_wrong_fields_are_named(changes: dict[str, object], word: str) -> None:
 def test_the_largest_chunk_of_signs_fits_in_a_frame() -> None:
     manifest = RunManifest.decode(make(chunk_params=1 << 21, tensors=[TensorSpec("a", 1 << 15, 128, -22)]).encode())
     assert RunTerms.of(manifest).terms.max_packet_bytes <= BULK_BODY_BYTES
+
+
+def test_each_tensor_class_has_its_codec() -> None:
+    manifest = make(codec_for={"final": "exact"})
+    terms = RunTerms.of(RunManifest.decode(manifest.encode(), manifest.run_id)).terms
+    assert [terms.codec_of(chunk).name for chunk in terms.layout.chunks] == ["sign", "exact"]
+    assert terms.max_packet_bytes > 9 * 128 * 4
+
+
+def test_a_field_that_older_runs_lack_is_spelt_only_where_it_is_used() -> None:
+    raw = make().encode()
+    assert b"codec_for" not in raw and b"codec_for" in make(codec_for={"final": "exact"}).encode()
+    spelt_out = msgspec.msgpack.encode(msgspec.structs.asdict(make()), order="sorted")
+    with pytest.raises(Refused, match="canonical"):
+        RunManifest.decode(spelt_out, blake3(spelt_out).digest())
 
 
 @given(st.binary(max_size=300))

@@ -105,7 +105,7 @@ def test_lying_payloads_signed_by_their_author_are_refused(payload: bytes, code:
 
 
 def test_a_payload_for_another_chunk_is_refused_by_its_size() -> None:
-    sizes = {terms().codec.payload_bytes(chunk) for chunk in LAYOUT.chunks}
+    sizes = {terms().codec.max_payload_bytes(chunk) for chunk in LAYOUT.chunks}
     assert len(sizes) > 1
     assert refusal_of(sealed(payload_for(len(LAYOUT.chunks) - 1))) in ("packet-truncated", "packet-oversized")
 

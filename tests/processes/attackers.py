@@ -48,7 +48,7 @@ class Liar:
         self._run = RunTerms.of(manifest)
         self._layout = self._run.terms.layout
         chunk = self._layout.chunks[0]
-        self._payload = bytes(self._run.terms.codec.payload_bytes(chunk))
+        self._payload = bytes(self._run.terms.codec.max_payload_bytes(chunk))
         self._header = Header(PACKET_VERSION, self._run.run, identity.public_key, 5, 1, 0, 1, 0.5, manifest.codec, 1.0)
 
     def lies(self) -> Iterator[Lie]:
