@@ -183,3 +183,31 @@ chunk_retry_s = 1.0
 """Wait before the donors are asked again, times the number of the attempt."""
 unheld_keys = 65536
 """Own packets that no neighbour confirmed yet, remembered for leaving."""
+
+# -- chunk owners ------------------------------------------------------------------------------------------------------
+
+owner_settled_s = 15.0
+"""A peer owns chunks once its program has been running for so long: as long as it takes to notice that a peer is gone."""
+owner_load = 1.25
+"""An owner has at most this many times the fair number of chunks. Less moves more chunks when a peer comes or goes (guess)."""
+
+# -- cadence and bandwidth ---------------------------------------------------------------------------------------------
+
+capacity_measure_s = 10.0
+"""A peer that was behind for so long without a break measures what its link carries: several round trips and deadlines of any link."""
+capacity_rise_s = 60.0
+"""While a peer is not behind its estimate rises by a factor e in this time: within minutes it is tried whether the link carries more."""
+capacity_forgotten = 8.0
+"""An estimate that has risen to so many times what was measured says nothing any more."""
+link_part = 0.6
+"""Part of a link that packets may take: the rest is for announcements, repetition, snapshots for newcomers, and for people."""
+thin_share = 0.1
+"""Peers that do together at most this part of the work are not waited for."""
+behind_publications = 1.0
+"""Publications of all live peers that are known and not here: more than that and this peer is behind."""
+pace_interval_max_s = 600.0
+"""No link, and no lie about one, makes a peer wait longer than this between publications."""
+own_sends = 2.0
+"""Times that an own publication leaves this peer: a second neighbour asks for it before the first has told others."""
+download_ahead_s = 1.0
+"""Seconds of the allowed download that may be asked for ahead, so that a limit costs no idle time between question and answer."""

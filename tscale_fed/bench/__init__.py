@@ -21,6 +21,7 @@ It prints a table for people and writes one JSON file with the figures, the mach
     kernel_timing.py      device time of one call, by CUDA graphs over rotating buffers
     kernel_baselines.py   bf16 cuBLAS, torch's attention, a copy
     kernel_rows.py        one row of figures, the printed table
+    spread.py             bytes and learning of flooding, owners, cells, pairs; spread_ways.py, spread_traffic.py: the two models
     in_process_swarm.py   peers with everything but sockets, exchanging packets with a fixed lag
 """
 
@@ -31,6 +32,7 @@ BENCHES = {
     "quality": "loss after so many tokens, beside the original and bf16",
     "step": "speed of a training step beside bf16 torch.compile",
     "learning": "held-out loss of a swarm beside one peer and synchronous training",
+    "spread": "bytes and learning of flooding, owners, cells and pairs",
     "kernels": "time of every GPU kernel beside torch's own",
 }
 """Name -> one line of help; the module of the same name is imported only when it is asked for."""
