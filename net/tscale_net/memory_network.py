@@ -4,23 +4,21 @@ Enters: what peers send and dial, and what a test does to the network (partition
 
 Rules, as on the real network: each link has two channels that keep their order, but not with each other; nothing is lost while a link
 stands; what is in flight when a link ends is lost; a partition looks like silence and ends the link after `silence_s`, healing earlier
-delivers what was held back; a killed process resets its connections. Messages leave through the sender's uplink one after the other
-(`bandwidth_bytes_s`; control overtakes bulk). Delivery is by the loop's timers, so on a virtual loop a run is repeated exactly by its seed.
+delivers what was held back; a killed process resets its connections. What each peer's line adds (rates, delay, loss) is in memory_link.py.
+Delivery is by the loop's timers, so on a virtual loop a run is repeated exactly by its seed.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from tscale_net import limits
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity
+from tscale_net.memory_link import Line, MemoryLink
 from tscale_net.memory_transport import MemoryTransport
-from tscale_net.ports import Channel, Clock, Frame, LinkInfo, PeerId, Rng
-
-_AFTER_S = 1e-6
+from tscale_net.ports import Clock, PeerId, Rng
 
 
 class MemoryNetwork:
@@ -46,6 +44,7 @@ class MemoryNetwork:
         self.jitter_s = jitter_s
         self.bandwidth_bytes_s = bandwidth_bytes_s
         self.silence_s = silence_s
+        self.loop = asyncio.get_running_loop()
         self.messages = 0
         """Messages delivered since the start."""
         self._hosts: dict[PeerId, str] = {}
@@ -55,11 +54,20 @@ class MemoryNetwork:
 
     # --- peers --------------------------------------------------------------------------------------------------------------
     def transport(
-        self, identity: Identity, name: str = "", run: bytes = b"", *, listens: bool = True, max_upload_bytes_s: float | None = None
+        self,
+        identity: Identity,
+        name: str = "",
+        run: bytes = b"",
+        *,
+        listens: bool = True,
+        max_upload_bytes_s: float | None = None,
+        line: Line | None = None,
     ) -> MemoryTransport:
-        """A peer on this network. The same identity keeps its address when it is made again after `kill` or `close`."""
+        """A peer on this network. The same identity keeps its address when it is made again after `kill` or `close`. `line`: its way to
+        the internet, if not the network's usual one."""
         host = self._hosts.setdefault(identity.peer_id, self._new_host())
-        return MemoryTransport(self, identity, host, name=name, run=run, listens=listens, upload_bytes_s=max_upload_bytes_s)
+        line = line or Line(up_bytes_s=self.bandwidth_bytes_s)
+        return MemoryTransport(self, identity, host, name=name, run=run, listens=listens, upload_bytes_s=max_upload_bytes_s, line=line)
 
     def _new_host(self) -> str:
         number = len(self._hosts) + 1
@@ -139,124 +147,6 @@ class MemoryNetwork:
             return False
         link.end(reason)
         return True
-
-
-class MemoryLink:
-    """One link: two ends, two ordered channels in each direction."""
-
-    def __init__(self, network: MemoryNetwork, dialler: MemoryTransport, listener: MemoryTransport) -> None:
-        self.network = network
-        self.ends = (dialler, listener)
-        self.latency_s = network.one_way_s()
-        self.alive = True
-        self.blocked = False
-        self._silence: asyncio.TimerHandle | None = None
-        self._pipes = {(end.peer_id, channel): _Pipe(self, self.other(end), channel) for end in self.ends for channel in Channel}
-
-    def joins(self, one: MemoryTransport, other: MemoryTransport) -> bool:
-        """Whether this link stands between exactly these two, alive."""
-        return self.alive and not self.blocked and {id(end) for end in self.ends} == {id(one), id(other)} and not (one.dead or other.dead)
-
-    def other(self, end: MemoryTransport) -> MemoryTransport:
-        """The far end."""
-        return self.ends[1] if end is self.ends[0] else self.ends[0]
-
-    def up(self) -> None:
-        """Announce the link at both ends."""
-        for end in self.ends:
-            end.link_up(self, outgoing=end is self.ends[0])
-
-    def send(self, sender: MemoryTransport, kind: int, body: bytes, channel: Channel) -> None:
-        """Put a message on its way."""
-        pipe = self._pipes[sender.peer_id, channel]
-        departure_s = sender.departure(len(body), channel, pipe.receiver_id)
-        pipe.put(kind, body, departure_s + self.latency_s + self.network.rng.uniform(0.0, self.network.jitter_s))
-
-    def goodbye(self, sender: MemoryTransport, reason: str) -> None:
-        """`sender` leaves: the far end learns it after everything that was sent before."""
-        last_s = max(self._pipes[sender.peer_id, channel].last_s for channel in Channel)
-        # Timers of the same moment have no order, hence a little later than the last message.
-        arrival_s = max(self.network.clock.now() + self.latency_s, last_s) + _AFTER_S
-        far = self.other(sender)
-        sender.forget_link(self)
-        if self.blocked:
-            return
-        self._later(arrival_s - self.network.clock.now(), lambda: self._end_at(far, f"The peer left: {reason}"))
-
-    def lose(self, gone: PeerId, after_s: float) -> None:
-        """One end vanished; the other notices later."""
-        far = self.ends[1] if self.ends[0].peer_id == gone else self.ends[0]
-        self._later(after_s, lambda: self._end_at(far, "The connection was lost."))
-
-    def block(self, blocked: bool) -> None:
-        """Begin or end a silence."""
-        if blocked == self.blocked or not self.alive:
-            return
-        self.blocked = blocked
-        if blocked:
-            self._silence = self._later(self.network.silence_s, lambda: self.end(f"Nothing was heard for {self.network.silence_s:.0f} s."))
-            return
-        if self._silence is not None:
-            self._silence.cancel()
-        for pipe in self._pipes.values():
-            pipe.flush()
-
-    def end(self, reason: str) -> None:
-        """End the link at both ends now."""
-        for end in self.ends:
-            self._end_at(end, reason)
-
-    def _end_at(self, end: MemoryTransport, reason: str) -> None:
-        self.alive = False
-        self.network.remove(self)
-        end.link_down(self, reason)
-
-    def _later(self, seconds: float, action: Callable[[], None]) -> asyncio.TimerHandle:
-        return asyncio.get_running_loop().call_later(seconds, action)
-
-    def info(self, end: MemoryTransport) -> LinkInfo:
-        """The link as one of its ends sees it."""
-        far = self.other(end)
-        up_bytes = sum(self._pipes[end.peer_id, channel].bytes for channel in Channel)
-        down_bytes = sum(self._pipes[far.peer_id, channel].delivered_bytes for channel in Channel)
-        address = f"{far.host}:{limits.DEFAULT_PORT}"
-        return LinkInfo(far.peer_id, far.name, address, end is self.ends[0], 2 * self.latency_s, up_bytes, down_bytes)
-
-
-class _Pipe:
-    """One channel in one direction; first in, first out."""
-
-    def __init__(self, link: MemoryLink, receiver: MemoryTransport, channel: Channel) -> None:
-        self._link = link
-        self._receiver = receiver
-        self._sender_id = link.other(receiver).peer_id
-        self.receiver_id = receiver.peer_id
-        self._channel = channel
-        self._queue: deque[tuple[int, bytes]] = deque()
-        self._due = 0
-        self.last_s = 0.0
-        self.bytes = 0
-        self.delivered_bytes = 0
-
-    def put(self, kind: int, body: bytes, arrival_s: float) -> None:
-        loop = asyncio.get_running_loop()
-        self.last_s = max(self.last_s, arrival_s)
-        self.bytes += limits.HEADER_BYTES + len(body)
-        self._queue.append((kind, body))
-        loop.call_later(max(0.0, self.last_s - self._link.network.clock.now()), self._arrived)
-
-    def _arrived(self) -> None:
-        self._due += 1
-        if not self._link.blocked:
-            self.flush()
-
-    def flush(self) -> None:
-        while self._due and self._receiver.holds(self._link):
-            self._due -= 1
-            kind, body = self._queue.popleft()
-            self.delivered_bytes += limits.HEADER_BYTES + len(body)
-            self._link.network.messages += 1
-            self._receiver.deliver(Frame(self._sender_id, kind, body, self._channel))
 
 
 def _pair(one: PeerId, other: PeerId) -> tuple[PeerId, PeerId]:

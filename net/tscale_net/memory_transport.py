@@ -21,17 +21,30 @@ from tscale_net.ports import Channel, Event, Frame, LinkDown, LinkInfo, LinkUp, 
 from tscale_net.token_bucket import TokenBucket
 
 if TYPE_CHECKING:
-    from tscale_net.memory_network import MemoryLink, MemoryNetwork
+    from tscale_net.memory_link import Line, MemoryLink
+    from tscale_net.memory_network import MemoryNetwork
 
 
 class MemoryTransport:
     """Made by `MemoryNetwork.transport`."""
 
     def __init__(
-        self, network: MemoryNetwork, identity: Identity, host: str, *, name: str, run: bytes, listens: bool, upload_bytes_s: float | None
+        self,
+        network: MemoryNetwork,
+        identity: Identity,
+        host: str,
+        *,
+        name: str,
+        run: bytes,
+        listens: bool,
+        upload_bytes_s: float | None,
+        line: Line,
     ) -> None:
         self.identity = identity
+        self.peer_id = identity.peer_id
+        self.line = line
         self.host = host
+        self.host_port = f"{host}:{limits.DEFAULT_PORT}"
         self.name = name
         self.run = run
         self.dead = False
@@ -43,14 +56,13 @@ class MemoryTransport:
         self._bans: dict[PeerId, float] = {}
         self._queue = EventQueue()
         self._uplink_free_s = 0.0
+        self._downlink_free_s = 0.0
         self._upload = TokenBucket(upload_bytes_s, network.clock) if upload_bytes_s else None
         self._pending: dict[PeerId, deque[tuple[float, int]]] = {}
+        """Bulk on its way out, to each link: when it has left, and its bytes."""
+        self._pending_bytes: dict[PeerId, int] = {}
 
     # --- Transport ----------------------------------------------------------------------------------------------------------
-    @property
-    def peer_id(self) -> PeerId:
-        return self.identity.peer_id
-
     @property
     def refused(self) -> dict[str, int]:
         """How often each reason code was refused here."""
@@ -111,7 +123,7 @@ class MemoryTransport:
         if channel is Channel.BULK:
             if self.pending_bytes(peer) + len(body) > limits.BULK_QUEUE_BYTES:
                 return False
-        link.send(self, kind, body, channel)
+        link.pipe(self.peer_id, channel).put(kind, body)
         return True
 
     def pending_bytes(self, peer: PeerId) -> int:
@@ -121,8 +133,8 @@ class MemoryTransport:
             return 0
         now_s = self._network.clock.now()
         while waiting and waiting[0][0] <= now_s:
-            waiting.popleft()
-        return sum(size for _, size in waiting)
+            self._pending_bytes[peer] -= waiting.popleft()[1]
+        return self._pending_bytes[peer]
 
     def drop(self, peer: PeerId, reason: str, ban_s: float = 0.0) -> None:
         """See Transport.drop."""
@@ -154,27 +166,31 @@ class MemoryTransport:
         self.die()
 
     # --- called by the network ------------------------------------------------------------------------------------------------
-    def departure(self, size: int, channel: Channel, peer: PeerId) -> float:
-        """When a message handed over now has left through the uplink, in clock seconds."""
-        now_s = self._network.clock.now()
-        bandwidth = self._network.bandwidth_bytes_s
-        took_s = (size + limits.HEADER_BYTES) / bandwidth if bandwidth else 0.0
-        if channel is Channel.CONTROL:
-            return now_s + took_s
+    def through_uplink(self, size: int, took_s: float, now_s: float) -> float:
+        """When a bulk message handed over now has left through the uplink, in clock seconds."""
         held_s = self._upload.reserve(size) if self._upload else 0.0
         self._uplink_free_s = max(now_s + held_s, self._uplink_free_s) + took_s
-        self._pending.setdefault(peer, deque()).append((self._uplink_free_s, size))
         return self._uplink_free_s
+
+    def note_pending(self, peer: PeerId, left_s: float, size: int) -> None:
+        """A bulk message to `peer` will have left at this time."""
+        self._pending.setdefault(peer, deque()).append((left_s, size))
+        self._pending_bytes[peer] = self._pending_bytes.get(peer, 0) + size
+
+    def through_downlink(self, took_s: float, now_s: float) -> float:
+        """How long a bulk message that is at the provider now waits for the downlink and passes it, in seconds."""
+        self._downlink_free_s = max(now_s, self._downlink_free_s) + took_s
+        return self._downlink_free_s - now_s
 
     def holds(self, link: MemoryLink) -> bool:
         """Whether this end still has the link."""
-        return not self.dead and link in self._links.values()
+        return not self.dead and self._links.get(link.other(self).peer_id) is link
 
     def link_up(self, link: MemoryLink, outgoing: bool) -> None:
         """A link stands."""
         far = link.other(self)
         self._links[far.peer_id] = link
-        self._queue.put(LinkUp(far.peer_id, far.name, far.run, f"{far.host}:{limits.DEFAULT_PORT}", outgoing))
+        self._queue.put(LinkUp(far.peer_id, far.name, far.run, far.host_port, outgoing))
 
     def link_down(self, link: MemoryLink, reason: str) -> None:
         """A link ended at this end."""
@@ -188,6 +204,7 @@ class MemoryTransport:
             return False
         del self._links[peer]
         self._pending.pop(peer, None)
+        self._pending_bytes.pop(peer, None)
         return True
 
     def deliver(self, frame: Frame) -> None:
