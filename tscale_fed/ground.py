@@ -19,6 +19,7 @@ from tscale_net.address_book import AddressBook
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity
 from tscale_net.ports import Clock, PeerId, SystemClock
+from tscale_net.token_bucket import TokenBucket
 from tscale_net.transfer import Transfers
 from tscale_net.transport import ZmqTransport
 from tscale_peers.notices import Notice, NoticeBoard
@@ -66,7 +67,8 @@ async def open_ground(arguments: argparse.Namespace, home: Home, console: Consol
         )  # fmt: skip
 
     links, addresses = await _listening(arguments, transport)
-    outside = Outside(links, Transfers(links, clock, rng), clock, rng, identity.verify, executor)
+    download = TokenBucket(arguments.max_download, clock) if arguments.max_download else None
+    outside = Outside(links, Transfers(links, clock, rng, download), clock, rng, identity.verify, executor, download)
     return Ground(arguments, home, console, clock, me, outside, NoticeBoard(clock, _shower(console)), name, addresses)
 
 

@@ -75,8 +75,11 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     for remark in log.notices:
         ground.console.warn(remark)
     empty = checkpoint is None and start is None
-    remembered = () if ground.arguments.solo else known_neighbours(ground.home)
-    settings = PeerSettings(ground.name, ground.arguments.role, tuple(ground.arguments.bootstrap), ground.addresses, remembered)
+    arguments = ground.arguments
+    remembered = () if arguments.solo else known_neighbours(ground.home)
+    settings = PeerSettings(
+        ground.name, arguments.role, tuple(arguments.bootstrap), ground.addresses, remembered, max_upload_bytes_s=arguments.max_upload
+    )
     peer = assemble(
         run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
         stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,

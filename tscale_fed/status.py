@@ -127,6 +127,13 @@ class Status(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Norm of W - B over the norm of B: work that the swarm does not have yet."""
     steps_since_publish: int | None = None
     publish_every_steps: int | None = None
+    publish_interval_s: float | None = None
+    """Shortest time between own publications that the swarm's links allow; 0: they ask for nothing."""
+    publish_reason: str = ""
+    """Which link sets it, for people."""
+    down_capacity_bytes_per_s: float | None = None
+    """What this peer's connection receives at most, as far as it is known."""
+    up_capacity_bytes_per_s: float | None = None
     peers: list[PeerRow] = []
     wire: Wire = Wire()
     refused: dict[str, int] = {}

@@ -166,6 +166,11 @@ def wire_parts(status: Status) -> list[str]:
         f"got {bytes_text(wire.down_bytes)}{down}",
         f"{bytes_per_param_text(wire.bytes_per_param)} B/param",
         f"deltas {wire.deltas_sent} sent {wire.deltas_applied} applied",
+        *(
+            [f"one per {duration_text(status.publish_interval_s)}: {plain(status.publish_reason, REACH_CHARACTERS)}"]
+            if status.publish_interval_s
+            else []
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""A token bucket on an injected clock: for the upload limit (wait) and for floods (refuse).
+"""A token bucket on an injected clock: for limits of upload and download (wait) and for floods (refuse).
 
 Enters: a rate in units per second. Leaves: how long to wait, or whether to accept. Waiters are served in the order in which they reserve.
 """
@@ -31,6 +31,14 @@ class TokenBucket:
         self._fill()
         self._level -= units
         return max(0.0, -self._level / self.rate_per_s)
+
+    def try_borrow(self, units: float) -> bool:
+        """Take units if there are any at all, the rest on credit: what is larger than the burst gets through as well, just less often."""
+        self._fill()
+        if self._level <= 0:
+            return False
+        self._level -= units
+        return True
 
     def try_take(self, units: float) -> bool:
         """Take units if they are there."""

@@ -16,6 +16,7 @@ from tscale_net.errors import Refused
 from tscale_net.messages import TRANSFER_KINDS, BlobFailed, BlobHashes, BlobOpened, Kind, decode
 from tscale_net.ports import Channel, Clock, Frame, PeerId, Rng, Transport
 from tscale_net.tasks import TaskOwner
+from tscale_net.token_bucket import TokenBucket
 from tscale_net.transfer_client import ChunkCame, Fetch, LinkLost, Mail, Mailbox
 from tscale_net.transfer_server import CHUNK_PREFIX, Provider, TransferServer
 
@@ -28,12 +29,14 @@ _TRANSFER_NUMBER_BITS = 62
 class Transfers:
     """Serves and fetches blobs over one transport."""
 
-    def __init__(self, transport: Transport, clock: Clock, rng: Rng) -> None:
+    def __init__(self, transport: Transport, clock: Clock, rng: Rng, download: TokenBucket | None = None) -> None:
+        """download: limit of what is asked for, bytes per second, shared with whoever else asks."""
         self.refused: Counter[str] = Counter()
         """Malformed transfer messages by reason code; their senders' links are dropped."""
         self._transport = transport
         self._clock = clock
         self._rng = rng
+        self._download = download
         self._failure: BaseException | None = None
         self._tasks = TaskOwner(self._fail)
         self._server = TransferServer(transport, clock, self._tasks)
@@ -89,8 +92,9 @@ class Transfers:
         transfer at all sources.
         """
         fetch = Fetch(
-            self._transport, self._clock, name, max_bytes=max_bytes, expected_hash=expected_hash, sink=sink, progress=progress
-        )
+            self._transport, self._clock, name,
+            max_bytes=max_bytes, expected_hash=expected_hash, sink=sink, progress=progress, download=self._download,
+        )  # fmt: skip
         boxes = [Mailbox(peer, self._rng.getrandbits(_TRANSFER_NUMBER_BITS)) for peer in dict.fromkeys(sources)]
         for box in boxes:
             self._boxes[box.peer, box.transfer] = box

@@ -34,6 +34,7 @@ from tscale_net.messages import (
     encode,
 )
 from tscale_net.ports import Channel, Clock, PeerId, Transport
+from tscale_net.token_bucket import TokenBucket
 
 
 class LinkLost:
@@ -89,6 +90,7 @@ class Fetch:
         expected_hash: bytes | None,
         sink: BinaryIO | None,
         progress: Progress | None,
+        download: TokenBucket | None = None,
     ) -> None:
         self._transport = transport
         self._clock = clock
@@ -97,6 +99,7 @@ class Fetch:
         self._expected_hash = expected_hash
         self._sink = sink
         self._progress = progress
+        self._download = download
         self._assembly: Assembly | None = None
         self._hashes_lock = asyncio.Lock()
         self._said: dict[PeerId, str] = {}
@@ -220,6 +223,7 @@ class Fetch:
                     # A stolen chunk may be one that this source already owes; it is not asked twice.
                     fresh = [index for index in assembly.take(room, self._clock.now()) if index not in asked]
                     if fresh:
+                        await self._wait_for_allowance(min(len(fresh) * limits.CHUNK_BYTES, assembly.size))
                         await self._ask(box, Kind.BLOB_WANTED, BlobWanted(box.transfer, fresh))
                         asked.update(dict.fromkeys(fresh, self._clock.now()))
                 if not asked:
@@ -239,6 +243,11 @@ class Fetch:
                 window = max(limits.WINDOW_MIN_CHUNKS, window - 1) if slow else min(limits.WINDOW_MAX_CHUNKS, window + 1)
         finally:
             assembly.give_back(list(asked))
+
+    async def _wait_for_allowance(self, nbytes: int) -> None:
+        wait_s = self._download.reserve(nbytes) if self._download is not None else 0.0
+        if wait_s > 0:
+            await self._clock.sleep(wait_s)
 
     async def _until_changed(self, box: Mailbox, assembly: Assembly) -> None:
         """Other sources hold all that is left: wait for news, at most until something may be asked twice."""

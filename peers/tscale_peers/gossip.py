@@ -80,6 +80,8 @@ class Gossip:
         """Some neighbour's set was compared with ours: what it knows is either here or on its way."""
         self.pull_after = 0.0
         """Nothing is asked for before this time (the log cannot be written)."""
+        self.may_ask: Callable[[], bool] = lambda: True
+        """Asked once for every packet before it is asked for: a limit of what this peer downloads."""
         self.unheld: dict[Key, None] = {}
         """Own packets that no neighbour is known to hold yet (bounded)."""
         self._chunks = chunks
@@ -276,7 +278,7 @@ class Gossip:
     def _requests(self, now: float) -> list[Action]:
         if self.hold or now < self.pull_after:
             return []
-        return [Send(peer, WANT, body) for peer, keys in self._wants.asks(now).items() for body in Ranges.bodies(keys)]
+        return [Send(peer, WANT, body) for peer, keys in self._wants.asks(now, self.may_ask).items() for body in Ranges.bodies(keys)]
 
     def _deliveries(self, peer: PeerId, neighbour: Neighbour, pending: int) -> list[Action]:
         actions: list[Action] = []

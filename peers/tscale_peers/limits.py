@@ -28,8 +28,12 @@ chunk_header_max_bytes = 64
 
 # -- packet.py ---------------------------------------------------------------------------------------------------------
 
+included_entries = 256
+"""Entries of contributions in one sum, 14 bytes each: as many as a record book has peers."""
 packet_header_max_bytes = 256
-"""A header takes about 125 bytes; a longer one is malformed."""
+"""A header takes about 130 bytes, without the list of a sum; a longer one is malformed."""
+included_max_bytes = 14 * included_entries
+"""That list, and with it the header of a sum."""
 
 # -- delta_log.py ------------------------------------------------------------------------------------------------------
 
@@ -209,5 +213,3 @@ pace_interval_max_s = 600.0
 """No link, and no lie about one, makes a peer wait longer than this between publications."""
 own_sends = 2.0
 """Times that an own publication leaves this peer: a second neighbour asks for it before the first has told others."""
-download_ahead_s = 1.0
-"""Seconds of the allowed download that may be asked for ahead, so that a limit costs no idle time between question and answer."""

@@ -16,6 +16,7 @@ from tscale_net.errors import Refused
 from tscale_net.ports import Event, Frame, LinkDown, LinkUp, PeerId
 from tscale_peers import limits
 from tscale_peers.agreement import Agreement
+from tscale_peers.cadence import LinkOf, Pacer, Standing
 from tscale_peers.conduct import NOT_ITS_FAULT, Conduct
 from tscale_peers.dialler import Dialler
 from tscale_peers.gossip import Action, Gossip, NeedChunks, Send
@@ -66,6 +67,9 @@ class SwarmPeer:
         self.conduct = Conduct()
         self.rate = RateAverage()
         self.traffic = Traffic()
+        max_down = outside.download.rate_per_s if outside.download is not None else None
+        self.pacer = Pacer(max_down, settings.max_upload_bytes_s, clock.now())
+        gossip.may_ask = self._may_ask
         self.linked: set[PeerId] = set()
         self.last_delta_at: dict[PeerId, float] = {}
         self.published = 0
@@ -306,7 +310,9 @@ class SwarmPeer:
         if not self.leaving:
             self.dialler.tick(self.linked, tasks)
         self.meeting.share = self.share()
-        self.meeting.may_publish = not self.leaving and not self.gossip.hold and self._uplink_free(now)
+        self._keep_pace(now)
+        due = self.pacer.due(self.last_delta_at.get(self.author.peer_id), now)
+        self.meeting.may_publish = not self.leaving and not self.gossip.hold and due and self._uplink_free(now)
         if self._retry_refused_at is not None and now >= self._retry_refused_at:
             self._retry_refused_at = None
             self.recount_known()
@@ -333,6 +339,24 @@ class SwarmPeer:
         waited = now - self.last_delta_at.get(self.author.peer_id, now)
         return len(self.gossip.unheld) <= most or not self.gossip.has_listeners() or waited > limits.uplink_patience_s
 
+    def _keep_pace(self, now: float) -> None:
+        """Measure the own connection, and see what the links of those who do the work allow."""
+        live = self.membership.live()
+        chunks = len(self.meeting.replica.layout.chunks)
+        backlog = 0 if self.gossip.hold else self.gossip.backlog()
+        standing = Standing(self.traffic.down_bytes, self.traffic.up_bytes, backlog, self.unheld(), chunks, 1 + len(live))
+        self.pacer.measure(standing, now)
+        own = LinkOf(self.settings.name, self.pacer.down.bytes_per_s or 0.0, self.rate.per_s)
+        others = [LinkOf(r.name, r.down_bytes_per_s, r.tokens_per_s) for r in live]
+        self.pacer.choose(self.published_bytes, len(others), own, others)
+
+    def _may_ask(self) -> bool:
+        """Does the limit of downloads allow another packet?"""
+        bucket = self.outside.download
+        chunks = len(self.meeting.replica.layout.chunks)
+        typical = self.published_bytes / chunks or float(self.meeting.exchange.terms.max_packet_bytes)
+        return bucket is None or bucket.try_borrow(typical)
+
     def _show(self, changes: Sequence[Change]) -> None:
         for change in changes:
             again = change.before is State.SUSPECT and change.after is State.LIVE
@@ -358,6 +382,7 @@ class SwarmPeer:
             digest=self._state[0],
             hash=self._state[1],
             leaving=self.leaving,
+            down_bytes_per_s=self.pacer.down.bytes_per_s or 0.0,
         )
         self.herald.renew(record)
 

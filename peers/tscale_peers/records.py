@@ -48,6 +48,8 @@ class PeerRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     digest: bytes
     hash: bytes
     leaving: bool
+    down_bytes_per_s: float = 0.0
+    """What its connection receives at most, as far as it knows; 0: it knows no bound."""
 
     @property
     def peer(self) -> PeerId:
@@ -112,6 +114,8 @@ def _plausible(r: PeerRecord) -> bool:
         and all(0 <= n <= limits.count_max for n in counts)
         and math.isfinite(r.tokens_per_s)
         and 0 <= r.tokens_per_s <= limits.record_max_tokens_per_s
+        and math.isfinite(r.down_bytes_per_s)
+        and r.down_bytes_per_s >= 0
         and math.isfinite(r.created_unix)
         and len(r.name) <= limits.record_max_name_chars
         and r.name.isprintable()

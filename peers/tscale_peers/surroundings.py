@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tscale_net.ports import Clock, PeerId, Rng, Transport
+from tscale_net.token_bucket import TokenBucket
 from tscale_net.transfer import Transfers
 from tscale_peers.records import Verify
 
@@ -34,6 +35,8 @@ class PeerSettings:
     """Where others can dial this peer (multiaddrs); empty if it is outbound only."""
     remembered: tuple[str, ...] = ()
     """Where peers of this swarm were when this one last ran; dialled at the start, without a word if nobody is there any more."""
+    max_upload_bytes_s: float | None = None
+    """What the transport was told to send at most; it keeps to it by itself."""
 
 
 @dataclass(slots=True)
@@ -47,3 +50,5 @@ class Outside:
     verify: Verify
     executor: Executor | None = None
     """Signature checks and idle meetings run here; None: on the loop (simulation)."""
+    download: TokenBucket | None = None
+    """Bytes per second that may be asked for, the same that `transfers` takes from; None: no limit."""

@@ -133,21 +133,24 @@ class WantList:
 
     # -- whom to ask -------------------------------------------------------------------------------------------------
 
-    def asks(self, now: float) -> dict[PeerId, list[Key]]:
-        """What to ask of whom now, in turn, as far as their windows reach; noted as asked."""
+    def asks(self, now: float, may_ask: Callable[[], bool] = lambda: True) -> dict[PeerId, list[Key]]:
+        """What to ask of whom now, in turn, as far as their windows reach and `may_ask`, called for each packet, allows; noted as asked."""
         self._expire(now)
         ask: dict[PeerId, list[Key]] = {}
         ready = [peer for peer, source in self._sources.items() if source.queue and source.in_flight < source.window]
         while ready:
-            ready = [peer for peer in ready if self._ask_one(peer, now, ask)]
+            ready = [peer for peer in ready if self._ask_one(peer, now, ask, may_ask)]
         return ask
 
-    def _ask_one(self, peer: PeerId, now: float, ask: dict[PeerId, list[Key]]) -> bool:
+    def _ask_one(self, peer: PeerId, now: float, ask: dict[PeerId, list[Key]], may_ask: Callable[[], bool]) -> bool:
         """Ask this neighbour for the oldest packet that it offers and nobody owes. False if there is no more, or no more room."""
         source = self._sources[peer]
         while source.queue and source.in_flight < source.window:
-            key, _ = source.queue.popitem(last=False)
+            key = next(iter(source.queue))
             wanted = self._wanted[key]
+            if wanted.asked_of is None and not may_ask():
+                return False
+            del source.queue[key]
             if wanted.asked_of is None:
                 wanted.asked_of, wanted.deadline = peer, now + limits.want_timeout_s
                 self._asked[key] = None

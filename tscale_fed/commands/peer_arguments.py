@@ -6,7 +6,7 @@ Enters: the command line. Leaves: an `argparse.Namespace` with
     config          Path | None                     home        Path (never None)
     listen          str | None, "host:port"         advertise   list[str], addresses as typed
     device          "auto" | "cpu" | "cuda[:N]"     data_dir    Path | None
-    name            str | None                      max_upload  float | None, bytes per second
+    name            str | None                      max_upload, max_download  float | None, bytes per second
     threads         int | None                      seconds     float | None
     solo, require_id, json_log, debug               bool
 
@@ -140,6 +140,7 @@ def peer_parser() -> argparse.ArgumentParser:
         "--advertise", action="append", default=[], metavar="ADDR", help="address at which others reach this peer, if it cannot tell itself"
     )
     network.add_argument("--max-upload", type=_rate, metavar="RATE", help="upload limit in bits per second (20M, 500k) or bytes (2.5MB/s)")
+    network.add_argument("--max-download", type=_rate, metavar="RATE", help="download limit, likewise; the swarm publishes as it allows")
     network.add_argument(
         "--require-id", action="store_true", help="refuse a bootstrap address without a peer id, instead of trusting the first contact"
     )
