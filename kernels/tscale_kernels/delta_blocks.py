@@ -2,8 +2,9 @@
 
 Enters: fp32 values of a displacement in row-major order, cut into blocks (the last may be shorter). Leaves: codes and steps.
 With the author's coefficient c, u = 2**unit_exponent and codes -L..L:
-    step_b = ceil(max|d_b| * c / u / L)     at least 1 if the block is not zero, else 0; then rounded up to 11 significant bits
+    step_b = ceil(max|d_b| * c / u / L)     at least 1; then rounded up to 11 significant bits
     code_x = round(d_x * c / u / step_b)    to the nearest even, within -L..L
+    step_b = 0                              if all codes of the block are 0, so that a delta of zeros has one spelling
 Rounding the step up means that no code clips: the remainder is at most half a step. Steps are those of the 16-bit code in `delta_onebit`.
 All of it is exact maxima, single fp32 products and quotients, and integer rounding: the same on every backend and device.
 """
@@ -43,9 +44,10 @@ class Grid:
         units = (peak * scale).clamp(max=self.most_units)
         found = torch.ceil(units * (1.0 / self.largest_code)).clamp(min=1.0)
         finite = torch.isfinite(peak)
-        step = _round_up(torch.where((peak > 0) & finite, found, torch.zeros_like(found)).to(torch.int32))
-        inverse = step.clamp(min=1).float().reciprocal()
+        step = _round_up(torch.where(finite, found, torch.ones_like(found)).to(torch.int32))
+        inverse = step.float().reciprocal()
         codes = values.mul(scale).mul_(inverse[:, None]).clamp_(-self.largest_code, self.largest_code).round_()
+        step = torch.where((codes != 0).any(dim=1), step, torch.zeros_like(step))
         return codes, torch.where(finite, step, -torch.ones_like(step))
 
     def whole(self, flat: Tensor) -> Tensor:

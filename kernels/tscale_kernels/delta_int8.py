@@ -85,14 +85,15 @@ if has_triton():
         peak_bits = tl.max(b_value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
         finite = peak_bits < 0x7F800000
         units = tl.minimum(peak_bits.to(tl.float32, bitcast=True) * scale, limit)
-        step = tl.where(finite & (peak_bits > 0), tl.maximum(tl.ceil(units * (1.0 / 127.0)), 1.0), 0.0).to(tl.int32)
+        step = tl.where(finite, tl.maximum(tl.ceil(units * (1.0 / 127.0)), 1.0), 1.0).to(tl.int32)
         # The exponent field of an exact fp32 integer is its bit length; 11 bits of it are kept.
         drop = tl.maximum((step.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126 - 11, 0)
         step = ((step + (1 << drop) - 1) >> drop) << drop
-        inverse = tl.div_rn(1.0, tl.maximum(step, 1).to(tl.float32))
+        inverse = tl.div_rn(1.0, step.to(tl.float32))
         scaled = tl.minimum(tl.maximum((b_value * scale) * inverse[:, None], -127.0), 127.0)
         code = ((scaled + ROUND_MAGIC) - ROUND_MAGIC).to(tl.int8)
         tl.store(codes + o_value, code, mask=m_value)
+        step = tl.where(tl.max(tl.abs(code.to(tl.int32)), axis=1) > 0, step, 0)
         tl.store(steps + o_block, tl.where(finite, step, -1), mask=o_block * BLOCK < size)
 
     @triton.jit

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from tscale_net.errors import Refused
 from tscale_peers.codec_contract import Codec, CodecMemory, Delta
 from tscale_peers.codec_exact import ExactCodec
+from tscale_peers.codec_grid import INT4, INT8, GridCodec
 from tscale_peers.codec_sign import SignCodec
 from tscale_peers.errors import refuse
 
@@ -34,6 +35,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "sign": Family(lambda name, _: SignCodec(name)),
     "exact": Family(lambda name, _: ExactCodec(name)),
+    "int4": Family(lambda name, _: GridCodec(name, INT4)),
+    "int8": Family(lambda name, _: GridCodec(name, INT8)),
 }
 
 
