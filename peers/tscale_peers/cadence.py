@@ -3,7 +3,7 @@
 Enters: the size of a publication, how many publications a peer receives per interval, what each live peer's link carries and how much it
 trains. Leaves: the shortest interval between own publications, in seconds, and one sentence that says why.
 
-Rule: every peer receives `received` publications per interval: all others' where packets are flooded, about two where chunks have owners. So
+Rule: a peer receives `received` publications per interval: all others' where packets are flooded, about two where chunks have owners. So
 
     interval = received * bytes of a publication / (link_part * bytes per second of the slowest useful link)
 

@@ -28,7 +28,7 @@ def parse(*words: str) -> argparse.Namespace:
 def test_defaults() -> None:
     assert vars(parse()) == {
         "role": "peer", "bootstrap": [], "config": None, "listen": None, "home": None, "device": "auto", "data_dir": None, "name": None,
-        "max_upload": None, "solo": False, "advertise": [], "require_id": False, "seconds": None, "threads": None, "json_log": False,
+        "max_upload": None, "max_download": None, "solo": False, "advertise": [], "require_id": False, "seconds": None, "threads": None, "json_log": False,
         "debug": False,
     }  # fmt: skip
 
@@ -36,10 +36,11 @@ def test_defaults() -> None:
 def test_flags() -> None:
     found = parse(
         *"--bootstrap a:1 --bootstrap id@b:2 --listen 7800 --home h --device cuda:1 --data-dir d --name me --max-upload 20M".split(),
-        *"--advertise 192.0.2.1:7800 --require-id --seconds 1.5 --threads 2 --json-log --debug".split(),
+        *"--max-download 5MB/s --advertise 192.0.2.1:7800 --require-id --seconds 1.5 --threads 2 --json-log --debug".split(),
     )
     assert (found.bootstrap, found.listen, found.home, found.device) == (["a:1", "id@b:2"], "0.0.0.0:7800", Path("h"), "cuda:1")
-    assert (found.max_upload, found.seconds, found.threads, found.advertise) == (2.5e6, 1.5, 2, ["192.0.2.1:7800"])
+    assert (found.max_upload, found.max_download, found.seconds, found.threads) == (2.5e6, 5e6, 1.5, 2)
+    assert found.advertise == ["192.0.2.1:7800"]
     assert parse("--listen", "[::]:7700").listen == "[::]:7700" and parse("--listen", ":0").listen == "0.0.0.0:0"
     assert parse("--role", "seed", "--config", "x.toml").config == Path("x.toml")
 
