@@ -12,7 +12,7 @@ from tscale_peers.codec import Codec, codec_named
 from tscale_peers.delta_log import MemoryLog, PacketLog
 from tscale_peers.exchange import Exchange, OuterRule
 from tscale_peers.layout import Layout, TensorSpec
-from tscale_peers.packet import Header, Packet, Terms, stream_key
+from tscale_peers.packet import PACKET_VERSION, Header, Packet, Terms, stream_key
 
 torch.set_num_threads(1)
 
@@ -91,7 +91,7 @@ def opened(bodies: list[bytes], t: Terms | None = None) -> list[Packet]:
 def header(number: int = 1, **changes: object) -> Header:
     """A header that passes every check, with `changes`."""
     fields: dict[str, object] = {
-        "version": 1,
+        "version": PACKET_VERSION,
         "run": RUN,
         "author": author(number).public_key,
         "stream": STREAM,

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from tests.peers.core_kit import LAYOUT, author, header, key_of, new_replica, payload_for, sealed, terms
 from tscale_net.errors import Refused
 from tscale_net.identity import verify
-from tscale_peers import limits
+from tscale_peers import included, limits
 from tscale_peers.errors import REASONS
-from tscale_peers.packet import Packet
+from tscale_peers.packet import SUM_STREAM, Packet
 
 GOOD = sealed(payload_for(0))
+LISTED = included.encode({b"somebody": [(3, 4)]})
 
 
 def refusal_of(data: bytes) -> str:
@@ -63,7 +64,8 @@ def test_longer_packets_are_refused(more: int) -> None:
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"version": 2}, "packet-version"),
+        ({"version": 1}, "packet-version"),
+        ({"version": 3}, "packet-version"),
         ({"run": b"x" * 32}, "wrong-run"),
         ({"codec": "exact"}, "packet-codec"),
         ({"codec": "x" * 100}, "packet-codec"),
@@ -85,6 +87,13 @@ def test_longer_packets_are_refused(more: int) -> None:
         ({"author": author(2).public_key}, "bad-signature"),
         ({"author": bytes(32)}, "bad-signature"),
         ({"codec": "x" * 300}, "packet-malformed"),
+        ({"owner": author(2).public_key}, "packet-malformed"),
+        ({"stream": SUM_STREAM}, "packet-malformed"),
+        ({"included": LISTED}, "packet-malformed"),
+        ({"stream": SUM_STREAM, "included": LISTED[:-1]}, "bad-included"),
+        ({"stream": SUM_STREAM, "included": LISTED[:-2] + bytes(2)}, "bad-included"),
+        ({"stream": SUM_STREAM, "included": LISTED * 2}, "bad-included"),
+        ({"stream": SUM_STREAM, "included": LISTED * (limits.included_entries + 1)}, "bad-included"),
     ],
 )
 def test_lying_headers_signed_by_their_author_are_refused(changes: dict[str, object], code: str) -> None:
@@ -133,7 +142,9 @@ def test_noise_is_refused_and_has_no_key(noise: bytes) -> None:
 
 
 def test_the_frame_bound_is_above_every_packet() -> None:
-    longest = {"seq": limits.applied_seq_max, "batches_total": limits.applied_seq_max, "stream": (1 << 64) - 1}
+    most = included.encode({number.to_bytes(8, "big"): [(1 << 31, 1 << 31)] for number in range(limits.included_entries)})
+    numbers = {"seq": limits.applied_seq_max, "batches_total": limits.applied_seq_max}
+    longest = {**numbers, "stream": (1 << 64) - 1, "included": most}
     for chunk in LAYOUT.chunks:
         data = sealed(payload_for(chunk.index), chunk=chunk.index, **longest)
         assert len(data) <= terms().packet_bytes(chunk)

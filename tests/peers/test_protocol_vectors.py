@@ -23,7 +23,7 @@ from tscale_peers.basepoint import Replica
 from tscale_peers.layout import TensorSpec
 from tscale_peers.manifest import RunManifest
 from tscale_peers.messages import Ranges, Records, SetPart, Summary, decode_ranges, decode_records, decode_set_part, decode_summary
-from tscale_peers.packet import Header, Packet, stream_key
+from tscale_peers.packet import PACKET_VERSION, Header, Packet, stream_key
 from tscale_peers.records import PeerRecord, open_sealed, seal
 
 AUTHOR = Identity.from_seed(bytes(range(32)))
@@ -61,9 +61,9 @@ FROZEN = {
     "run id": "7cde9fd2d1798a2f4413308944de52ab5796aefa38bfe11936effc5d5475c97b",
     "start hash": "ad1076b2467f2572f389fcbfdd3b05019c9c675ec36e2c853743c73b0354a808",
     "packet": (
-        "63009a01c4207cde9fd2d1798a2f4413308944de52ab5796aefa38bfe11936effc5d5475c97bc42003a107bff3ce10be1d70dd18e74bc09967e4d630"
-        "9ba50d5f1ddc8664125531b8cd010203000fcb3fe0000000000000a47369676ecb41d954fc40200000004000002280aa000100f1f4badbd4913c0eb9"
-        "ddd88c668a022cafc395e21798f6d5cfdd552773e6e8a071d0ef67f6e50c9435db135be1bac50e74a26dc93e32315f3ff18600116f400b"
+        "67009c02c4207cde9fd2d1798a2f4413308944de52ab5796aefa38bfe11936effc5d5475c97bc42003a107bff3ce10be1d70dd18e74bc09967e4d630"
+        "9ba50d5f1ddc8664125531b8cd010203000fcb3fe0000000000000a47369676ecb41d954fc40200000c400c400004000002280aa000100251cc6bc0b"
+        "435494c12d45d5e42524d74d03a70ed3bef7c7022a3732273504a27aede7c8008dda60fb6c75367cdc8d86463272ba63d8b179e28a99e16a0f1c0e"
     ),
     "basepoint hash": "a13e6431aa353890a467a8544faf2249198bf8262ed7b5ca1d01cf1cbfc0e6f2",
     "applied digest": "89d80b7fcffadada7f0f71ba381cf2aca3d9474231e199a70b013827c6052ad3",
@@ -135,7 +135,7 @@ def displacement() -> torch.Tensor:
 def packet() -> bytes:
     terms = RunTerms.of(manifest()).terms
     payload = terms.codec.encode(displacement(), terms.layout.chunks[0], COEFFICIENT)
-    header = Header(1, terms.run, AUTHOR.public_key, STREAM, SEQ, 0, BATCHES, COEFFICIENT, "sign", WALL)
+    header = Header(PACKET_VERSION, terms.run, AUTHOR.public_key, STREAM, SEQ, 0, BATCHES, COEFFICIENT, "sign", WALL)
     return Packet.seal(header, payload, AUTHOR.sign)
 
 
