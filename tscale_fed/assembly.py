@@ -17,6 +17,7 @@ from tscale_fed.data.importer import Progress, import_text
 from tscale_fed.data.token_data import TokenData
 from tscale_fed.data.tokenizer import load_tokenizer
 from tscale_fed.device import Device, out_of_memory
+from tscale_fed.engine.engine import Engine
 from tscale_fed.engine.interface import TrainingEngine
 from tscale_fed.engine.place import make_engine
 from tscale_fed.engine.reference import ReferenceEngine
@@ -27,6 +28,9 @@ from tscale_fed.model.loss import unigram_bias
 from tscale_fed.model.parameters import Parameters
 from tscale_fed.model.shape import ModelShape, ShapeError
 from tscale_fed.optimizer.rule import Optimizer, OptimizerSettings
+from tscale_fed.parallel.exchange import Exchanging
+from tscale_fed.parallel.group import Group
+from tscale_fed.parallel.reference import GroupReferenceEngine
 from tscale_fed.trainer import Trainer
 from tscale_net.errors import Refused
 from tscale_net.ports import Clock
@@ -88,19 +92,22 @@ def build_trainer(
     budget_batches: int,
     clock: Clock,
     say: Callable[[str], None] = lambda line: None,
+    exchanging: Exchanging | None = None,
 ) -> Trainer:
-    """A trainer at step 0 that starts from `weights` (float32 [parameters], copied). `say` gets lines about memory.
+    """A trainer at step 0 that starts from `weights` (float32 [parameters], copied). `say` gets lines about memory. `exchanging`: how the
+    processes of a group share gradients, None for a lone process.
 
     Raises Refused: "bad-shape", "bad-config", "out-of-memory".
     """
     shape = model_shape(recipe, data.vocab)
     settings = optimizer_settings(recipe.optimizer)
     try:
-        engine = _engine(recipe, data, device, shape, weights, settings, say)
+        engine = _engine(recipe, data, device, shape, weights, settings, say, exchanging)
     except torch.OutOfMemoryError as error:
         what = f"a model of {shape.trained_parameters / 1e6:.0f} million weights and its optimizer"
         raise out_of_memory(device.torch_device, what) from error
-    return Trainer(engine, data, recipe, peer_id=peer_id, budget_batches=budget_batches, clock=clock)
+    ranks = 1 if exchanging is None else exchanging.group.world.size
+    return Trainer(engine, data, recipe, peer_id=peer_id, budget_batches=budget_batches, clock=clock, ranks=ranks)
 
 
 def _engine(
@@ -111,22 +118,33 @@ def _engine(
     weights: torch.Tensor,
     settings: OptimizerSettings,
     say: Callable[[str], None],
+    exchanging: Exchanging | None,
 ) -> TrainingEngine:
     """The engine over the kernels, or the autograd model where there are none."""
+    memory = device.settings.optimizer_memory
+    if exchanging is not None and memory == "host":
+        detail = '[device] optimizer_memory = "host" does not go with several processes: write "device", or train with one'
+        raise Refused("bad-config", detail)
     batch, micro_batch, bias2 = recipe.batch, device.settings.micro_batch, unigram_bias(torch.from_numpy(data.unigram_counts))
     if device.precision.kernels:
         return make_engine(
             shape, weights, bias2, device=device.torch_device, precision=device.precision, settings=settings,
             fragments=batch.fragments * batch.accumulate, tokens=batch.length, doc_start_token=data.doc_start_token,
-            optimizer_memory=device.settings.optimizer_memory, micro_batch=micro_batch, say=say,
+            optimizer_memory=memory if exchanging is None else "device", micro_batch=micro_batch, say=say,
+            engine_type=Engine if exchanging is None else exchanging.engine_type,
         )  # fmt: skip
     parameters = Parameters(shape, device.torch_device).load(weights)
     optimizer = Optimizer(parameters, settings)
     model = Model(shape, parameters, bias2, compute_dtype=device.precision.compute)
     fragments = micro_batch or batch.fragments
-    return ReferenceEngine(model, optimizer, fragments=fragments, doc_start_token=data.doc_start_token, say=say)
+    if exchanging is None:
+        return ReferenceEngine(model, optimizer, fragments=fragments, doc_start_token=data.doc_start_token, say=say)
+    exchange = exchanging.over(parameters, optimizer)
+    return GroupReferenceEngine(model, optimizer, exchange=exchange, fragments=fragments, doc_start_token=data.doc_start_token, say=say)
 
 
-def build_evaluator(recipe: Recipe, data: TokenData, settings: EvalSection, device: Device, clock: Clock) -> Evaluator:
-    """Measures losses of flat weights of this run, on the run's fragment length."""
-    return Evaluator(model_shape(recipe, data.vocab), data, settings, recipe.batch.length, device, clock)
+def build_evaluator(
+    recipe: Recipe, data: TokenData, settings: EvalSection, device: Device, clock: Clock, group: Group | None = None
+) -> Evaluator:
+    """Measures losses of flat weights of this run, on the run's fragment length; a group deals the batches over its ranks."""
+    return Evaluator(model_shape(recipe, data.vocab), data, settings, recipe.batch.length, device, clock, group)

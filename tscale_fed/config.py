@@ -5,7 +5,7 @@ key, a value of the wrong type or outside its bounds is refused with one sentenc
 write instead. Every key has its owner's section below, its default, its unit and, where it has bounds, their reason.
 
 Sections [model], [data], [batch], [optimizer] and [swarm] describe the run and travel in its manifest, so all peers agree on them;
-[eval], [checkpoint] and [device] are the business of the machine that reads the file.
+[eval], [checkpoint], [device] and [parallel] are the business of the machine that reads the file.
 """
 
 from __future__ import annotations
@@ -154,6 +154,15 @@ class DeviceSection(Section, frozen=True):
     """Fragments that go through the device at once; 0 = chosen from its free memory. It changes speed and memory, not the arithmetic."""
 
 
+class ParallelSection(Section, frozen=True):
+    """[parallel]: how the processes of one owner train together (--gpus N, torchrun)."""
+
+    gradients: Literal["exact", "onebit"] = "exact"
+    """How ranks share gradients: "exact" = their mean in float32, "onebit" = one bit per weight with error tails, for slow networks."""
+    check_every_steps: AtLeast1 = 100
+    """Steps between two checks that all ranks hold the same weights, bit for bit."""
+
+
 class RunConfig(Section, frozen=True):
     """A whole run file."""
 
@@ -166,6 +175,7 @@ class RunConfig(Section, frozen=True):
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     device: DeviceSection = DeviceSection()
+    parallel: ParallelSection = ParallelSection()
 
     def recipe(self) -> Recipe:
         """What decides the training arithmetic: the part that a joiner learns from the manifest."""

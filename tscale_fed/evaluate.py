@@ -24,6 +24,7 @@ from tscale_fed.model.forward import Model
 from tscale_fed.model.loss import NO_TARGET, unigram_bias
 from tscale_fed.model.parameters import Parameters
 from tscale_fed.model.shape import ModelShape
+from tscale_fed.parallel.group import Group
 from tscale_net.ports import Clock
 
 
@@ -44,14 +45,24 @@ class Evaluation:
 class Evaluator:
     """Measures losses of flat weights. One caller at a time."""
 
-    def __init__(self, shape: ModelShape, data: TokenData, settings: EvalSection, length: int, device: Device, clock: Clock) -> None:
-        """`length`: tokens per fragment, as in training."""
+    def __init__(
+        self,
+        shape: ModelShape,
+        data: TokenData,
+        settings: EvalSection,
+        length: int,
+        device: Device,
+        clock: Clock,
+        group: Group | None = None,
+    ) -> None:
+        """`length`: tokens per fragment, as in training. `group`: batches are dealt in turn over its ranks, which then all call `loss`."""
         self._shape = shape
         self._data = data
         self._settings = settings
         self._length = length
         self._device = device
         self._clock = clock
+        self._group = group
         self._model: Model | None = None
         self._scorer: Scorer | None = None
         self._batches: dict[Split, list[Batch]] = {}
@@ -63,12 +74,15 @@ class Evaluator:
         ValueError if the weights are not of this model.
         """
         started = self._clock.now()
-        batches = self._fixed_batches(split)
+        every = self._fixed_batches(split)
+        batches = every if self._group is None else every[self._group.world.rank :: self._group.world.size]
         try:
             total = self._score(weights, batches) if self._device.precision.kernels else self._sum(self._loaded(weights), batches)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self._device.torch_device, "an evaluation (halve fragments in [eval])") from error
-        tokens = sum(int((target != NO_TARGET).sum()) for _, target in batches)
+        if self._group is not None:
+            total = float(self._group.reduce(torch.tensor([total], dtype=torch.float64)))
+        tokens = sum(int((target != NO_TARGET).sum()) for _, target in every)
         loss = total / tokens
         return Evaluation(split, loss, tokens, loss / math.log(2) / self._bytes_per_token(split), self._clock.now() - started)
 

@@ -56,8 +56,19 @@ class StepReport:
 class Trainer:
     """Owns the live weights while it steps. Not thread-safe: one thread calls it (`TrainingThread`, or that of `tscale train`)."""
 
-    def __init__(self, engine: TrainingEngine, data: TokenData, recipe: Recipe, *, peer_id: str, budget_batches: int, clock: Clock) -> None:
-        """`budget_batches`: what the rate schedule is laid out for, in batches (= steps) of all peers together."""
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        data: TokenData,
+        recipe: Recipe,
+        *,
+        peer_id: str,
+        budget_batches: int,
+        clock: Clock,
+        ranks: int = 1,
+    ) -> None:
+        """`budget_batches`: what the rate schedule is laid out for, in batches (= steps) of all peers together. `ranks`: processes that
+        make each step together, each with a batch of its own; the engine returns the mean of their losses."""
         self.engine = engine
         self.data = data
         self.recipe = recipe
@@ -77,6 +88,7 @@ class Trainer:
         self._drawn: StepBatch | None = None
         """The batch of the coming step, if it was drawn while a GPU was busy with the last one."""
         self._clock = clock
+        self._ranks = ranks
 
     @property
     def weights(self) -> torch.Tensor:
@@ -116,9 +128,9 @@ class Trainer:
         started = self._clock.now()
         drawn, self._drawn = self._drawn, None
         batch = drawn if drawn is not None and drawn.step == self.steps else self._batch(self.steps)
-        tokens = batch.targets
         used_rate = self.rate
-        loss = self.engine.step(batch, used_rate, self._draw_next) / tokens
+        loss = self.engine.step(batch, used_rate, self._draw_next) / batch.targets
+        tokens = batch.targets * self._ranks  # every batch of a run has equally many
         self.steps += 1
         self.tokens += tokens
         self._average(loss)

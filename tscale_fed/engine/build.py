@@ -34,6 +34,7 @@ def build_engine(
     graphs: bool | None = None,
     backend: BackendName | None = None,
     say: Callable[[str], None] = lambda line: None,
+    engine_type: Callable[..., Engine] = Engine,
 ) -> Engine:
     """An engine at step 0 with its optimizer: `engine.step(StepBatch.make(shape, text, target), rate)` is one whole step.
 
@@ -48,6 +49,7 @@ def build_engine(
     graphs     CUDA graphs; None = on CUDA
     backend    forces "ref" or "triton" for all operations (the interpreter: "triton" on the CPU with TRITON_INTERPRET=1)
     say        gets one line about the memory plan, and one if memory runs out
+    engine_type  makes the engine on the device: another one where several processes train together (tscale_fed/parallel)
 
     The engine has `.parameters.flat` [P] (the live weights: change them in place between steps), `.optimizer`, `.plan` (a `MemoryPlan`;
     str() is its sentence), `.step(batch, rate) -> loss sum in nats`, and `.accumulate(batch) -> loss sum`, which only makes the gradient.
@@ -58,5 +60,5 @@ def build_engine(
     return make_engine(
         shape, weights, bias2, device=where, precision=chosen, settings=settings or OptimizerSettings(), fragments=fragments, tokens=tokens,
         doc_start_token=doc_start_token, optimizer_memory=optimizer_place, micro_batch=micro_batch, plan=plan, stream=stream, graphs=graphs,
-        backend=backend, say=say,
+        backend=backend, say=say, engine_type=engine_type,
     )  # fmt: skip

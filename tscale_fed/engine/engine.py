@@ -149,7 +149,7 @@ class Engine:
         bad_matrix = self._update.bad_matrix
         loss_sum, peaks, bad = (each.to("cpu", non_blocking=True) for each in (buffers.loss_sum, check.peaks, bad_matrix))
         if buffers.loss_sum.is_cuda:
-            torch.cuda.current_stream(self.device).synchronize()
+            self._wait()
         loss, stage = float(loss_sum), check.first(peaks)
         verdict = self._update.verdict(int(bad)) if updated else None
         if stage is not None:
@@ -159,6 +159,10 @@ class Engine:
         if verdict is not None:
             raise not_finite(f"{verdict} is not finite", batch.step)
         return loss
+
+    def _wait(self) -> None:
+        """Until the GPU has done all that it was given."""
+        torch.cuda.current_stream(self.device).synchronize()
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

@@ -72,8 +72,11 @@ def make_engine(
     graphs: bool | None = None,
     backend: BackendName | None = None,
     say: Callable[[str], None] = lambda line: None,
+    engine_type: Callable[..., Engine] = Engine,
 ) -> Engine:
     """An engine at step 0 that starts from `weights` (fp32 [parameters], copied). Arguments as in `build.build_engine`.
+
+    engine_type: makes the engine on the device from the arguments of `Engine`: a group of processes has one of its own.
 
     Raises Refused("out-of-memory"), torch.OutOfMemoryError for what no plan can change.
     """
@@ -82,7 +85,7 @@ def make_engine(
     )
     if place == "device":
         parameters = Parameters(shape, device).load(weights)
-        return Engine(
+        return engine_type(
             parameters, Optimizer(parameters, settings), bias2, precision=precision, fragments=fragments, tokens=tokens,
             doc_start_token=doc_start_token, micro_batch=micro_batch, plan=plan, stream=stream, graphs=graphs, backend=backend, say=say,
         )  # fmt: skip

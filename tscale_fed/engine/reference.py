@@ -54,17 +54,20 @@ class ReferenceEngine:
 
     def accumulate(self, batch: StepBatch) -> float:
         """Loss sum in nats of the batch; its gradient is in `parameters.flat_grad`. Raises as `step` does, then without a gradient."""
-        while True:
-            try:
-                loss = self._sum(batch)
-                break
-            except torch.OutOfMemoryError as error:
-                self.parameters.zero_grad()
-                self._halve(error, batch)
+        loss = self._gradient(batch)
         if not math.isfinite(loss):
             self.parameters.zero_grad()
             raise not_finite(f"the training loss became {loss}", batch.step)
         return loss
+
+    def _gradient(self, batch: StepBatch) -> float:
+        """Loss sum, and the gradient, in groups that fit. Raises Refused("out-of-memory")."""
+        while True:
+            try:
+                return self._sum(batch)
+            except torch.OutOfMemoryError as error:
+                self.parameters.zero_grad()
+                self._halve(error, batch)
 
     def _sum(self, batch: StepBatch) -> float:
         total = torch.zeros((), device=self.parameters.device)

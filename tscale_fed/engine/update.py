@@ -6,6 +6,7 @@ for the gradient before the update is launched. The caller reads the flag with t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -38,14 +39,22 @@ class DeviceUpdate:
     """Weights, momentum and second moments all on the device."""
 
     def __init__(
-        self, shape: ModelShape, parameters: Parameters, optimizer: Optimizer, gradients: Gradients, backend: BackendName | None
+        self,
+        shape: ModelShape,
+        parameters: Parameters,
+        optimizer: Optimizer,
+        gradients: Gradients,
+        backend: BackendName | None,
+        summed: bool = True,
     ) -> None:
+        """`summed`: whether the sums of squares in `gradients` are those of the gradient at `launch`; else they are made anew."""
         device = parameters.device
         self._names = [name for name, _, _ in shape.tensors()]
-        self._plan = UpdatePlan(update_matrices(shape), device)
+        matrices = update_matrices(shape)
+        self._plan = UpdatePlan(matrices if summed else [replace(matrix, sums=None) for matrix in matrices], device)
+        self._square_sums = gradients.square_sums if summed else None
         self._parameters = parameters
         self._optimizer = optimizer
-        self._gradients = gradients
         self._backend = backend
         self._scalars = torch.zeros(4, device=device)
         self._weight_squares = torch.zeros(self._plan.blocks, dtype=torch.float64, device=device)
@@ -53,6 +62,9 @@ class DeviceUpdate:
         self.bad_matrix = torch.full((1,), ALL_FINITE, dtype=torch.int32, device=device)
 
     def launch(self, rate: float, peaks: Tensor, loss_sum: Tensor) -> None:
+        self._launch(rate, peaks, loss_sum, None)
+
+    def _launch(self, rate: float, peaks: Tensor, loss_sum: Tensor, mean_squares: Tensor | None) -> None:
         optimizer = self._optimizer
         scalars = torch.tensor(step_scalars(rate, optimizer.beta, optimizer.next_count, optimizer.settings.l2))
         self._scalars.copy_(scalars.pin_memory() if self._scalars.is_cuda else scalars, non_blocking=True)
@@ -60,7 +72,7 @@ class DeviceUpdate:
         self.bad_matrix.copy_(torch.where(fine, ALL_FINITE, -1))
         optimizer_step(
             self._parameters.flat, optimizer.momentum, self._parameters.flat_grad, self._plan, scalars=self._scalars,
-            moment_sums=optimizer.moment_sums, bad_matrix=self.bad_matrix, square_sums=self._gradients.square_sums,
+            moment_sums=optimizer.moment_sums, bad_matrix=self.bad_matrix, mean_squares=mean_squares, square_sums=self._square_sums,
             weight_squares=self._weight_squares, backend=self._backend,
         )  # fmt: skip
         self._weights_version = self._parameters.flat._version

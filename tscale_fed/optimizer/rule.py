@@ -115,7 +115,7 @@ class Optimizer:
         self.moment_count = self.next_count
         self.own_steps += 1
 
-    def _mean_squares(self) -> torch.Tensor:
+    def mean_squares(self) -> torch.Tensor:
         """[M] mean square gradient of every matrix, or row for those in ROW_NORMALISED."""
         parts = [
             torch.linalg.vector_norm(g, dim=1 if rows else None).square() / (g.shape[1] if rows else g.numel())
@@ -124,30 +124,31 @@ class Optimizer:
         return torch.cat([part.reshape(-1) for part in parts])
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, mean_squares: torch.Tensor | None = None) -> None:
         """Update the weights with the gradient at hand and clear the gradient. `rate` comes from `schedule.rate`.
 
+        mean_squares [M]: s of every matrix or row, where it is known better than from the gradient at hand (several processes).
         Raises GradientNotFinite, and then nothing is changed.
         """
         use_kernels = self._weights.dtype == torch.float32 and choose(self._weights.device).name == "triton"
-        bad = self._step_by_kernels(rate) if use_kernels else self._step_by_torch(rate)
+        bad = self._step_by_kernels(rate, mean_squares) if use_kernels else self._step_by_torch(rate, mean_squares)
         if bad is not None:
             raise GradientNotFinite(bad)
         self.count_step()
 
-    def _step_by_kernels(self, rate: float) -> str | None:
+    def _step_by_kernels(self, rate: float, mean_squares: torch.Tensor | None) -> str | None:
         """The name of the matrix whose gradient is not finite, if any."""
         if self._kernel_step is None:
             self._kernel_step = KernelStep(self._grads, ROW_NORMALISED, self._weights.device)
         return self._kernel_step.update(
             self._weights, self.momentum, self._gradient, self.moment_sums, rate=rate, beta=self.beta, count=self.next_count,
-            l2=self.settings.l2,
+            l2=self.settings.l2, mean_squares=mean_squares,
         )  # fmt: skip
 
-    def _step_by_torch(self, rate: float) -> str | None:
+    def _step_by_torch(self, rate: float, given: torch.Tensor | None) -> str | None:
         """As `_step_by_kernels`."""
         beta, count = self.beta, self.next_count
-        mean_squares = self._mean_squares()
+        mean_squares = self.mean_squares() if given is None else given
         if not bool(mean_squares.isfinite().all()):
             parts = mean_squares.split(self._sizes)
             return next(name for name, part in zip(self._grads, parts, strict=True) if not bool(part.isfinite().all()))
