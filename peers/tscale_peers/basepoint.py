@@ -5,44 +5,72 @@ Rule: B = start + sum of applied packets, in int32 multiples of each tensor's un
 equal bits, whatever the order. Every packet counts once. A packet that would take a value beyond +-2**30 units is refused before anything
 changes; whether it would depends on what came before, so such a refusal is not for ever: the packet is not in the applied set and may be
 offered again. A running bound per chunk makes the check free until a run has nearly diverged.
-Hash: BLAKE3 over the chunks' BLAKE3 hashes (int32, little-endian), kept per chunk until the chunk changes.
+Hash: BLAKE3 over the chunks' BLAKE3 hashes (int32, little-endian), kept per chunk until the chunk changes; state_reading.py.
+B lives on the device that it was given, with the same bits everywhere. Only the meeting changes it, on the stream of its thread; others
+read chunks on a lane of their own (lane.py), so nobody waits for a step.
 Thread-safe by one lock, held for a chunk's work at a time: the trainer's thread applies, the event loop reads.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from blake3 import blake3
 from torch import Tensor
 
+from tscale_net.errors import Refused
 from tscale_peers import limits, snapshot_chunk
 from tscale_peers.applied import AppliedSet
 from tscale_peers.codec import Codec, Delta
+from tscale_peers.delta_batch import add_all
 from tscale_peers.errors import refuse
+from tscale_peers.lane import Lane
 from tscale_peers.layout import Chunk, Layout
 from tscale_peers.packet import Packet
+from tscale_peers.state_reading import State, StateReading
 
-State = tuple[bytes, bytes]
-"""(applied digest, basepoint hash), 32 bytes each, of one moment."""
+
+class Watcher(Protocol):
+    """Somebody who must hear of every change of B."""
+
+    def applied(self, packet: Packet) -> None:
+        """This packet has just been added."""
+        ...
+
+    def replaced(self) -> None:
+        """A part of B, or all of it, was replaced."""
+        ...
 
 
 class Replica:
     """B and its applied set. Starts at zero and empty: fill it with `set_start` or `load_chunk`."""
 
-    def __init__(self, layout: Layout, codec: Codec, max_streams: int = limits.applied_default_streams) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        codec: Codec,
+        max_streams: int = limits.applied_default_streams,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.layout = layout
         self.codec = codec
+        self.device = torch.device(device)
         self.lock = threading.RLock()
-        self.basepoint = torch.zeros(layout.size, dtype=codec.basepoint_dtype)
-        """int32 [layout.size], CPU; change it only through this class."""
+        self.basepoint = torch.zeros(layout.size, dtype=codec.basepoint_dtype, device=self.device)
+        """int32 [layout.size], on `device`; change it only through this class."""
+        self.lane = Lane(self.device)
         self.applied = AppliedSet(len(layout.chunks), max_streams)
         self.recent: deque[State] = deque(maxlen=limits.recent_states)
         """Distinct states in the order in which `state` saw them, the newest last."""
+        self.watcher: Watcher | None = None
         self._bounds: list[float] = [0] * len(layout.chunks)
         self._hashes: list[bytes] = [b""] * len(layout.chunks)
+        self._readings: list[StateReading] = []
 
     # -- start weights -------------------------------------------------------------------------------------------------
 
@@ -51,11 +79,11 @@ class Replica:
 
         Raises Refused("not-finite"), "out-of-range", naming the tensor; nothing is changed then.
         """
-        start = torch.empty_like(self.basepoint)
         for chunk in self.layout.chunks:
-            self._to_grid(chunk.of(weights).detach().cpu(), chunk, chunk.of(start))
+            self._check_start(chunk.of(weights).detach(), chunk)
         with self.lock:
-            self.basepoint.copy_(start)
+            for chunk in self.layout.chunks:
+                self._to_grid(chunk.of(weights).detach().to(self.device), chunk)
             self.applied = AppliedSet(self.applied.chunks, self.applied.max_streams)
             self._all_changed()
 
@@ -70,17 +98,21 @@ class Replica:
             self.applied = applied.copy()
             self._all_changed()
 
-    def _to_grid(self, values: Tensor, chunk: Chunk, out: Tensor) -> None:
-        if not bool(torch.isfinite(values).all()):
-            raise refuse("not-finite", f"start weights of {self.layout.tensors_of(chunk)} hold NaN or infinite values")
+    def _check_start(self, values: Tensor, chunk: Chunk) -> None:
         for s in chunk.segments:
-            units = values[s.start : s.stop].to(torch.float64) / s.unit
-            if out.dtype == torch.int32:
-                units.round_()
-            if _largest(units) > limits.basepoint_range:
+            largest = _largest(values[s.start : s.stop])
+            if not math.isfinite(largest):
+                raise refuse("not-finite", f"start weights of {self.layout.tensors_of(chunk)} hold NaN or infinite values")
+            if round(largest / s.unit) > limits.basepoint_range:
                 name = self.layout.specs[s.tensor].name
                 raise refuse("out-of-range", f"start weights of {name} exceed 2**30 units; unit exponent {s.unit_exponent} is too small")
-            out[s.start : s.stop].copy_(units)
+
+    def _to_grid(self, values: Tensor, chunk: Chunk) -> None:
+        for s in chunk.segments:
+            units = values[s.start : s.stop].to(torch.float64) / s.unit
+            if self.basepoint.dtype == torch.int32:
+                units.round_()
+            chunk.of(self.basepoint)[s.start : s.stop].copy_(units)
 
     def _check_values(self, chunk: Chunk, values: Tensor) -> float:
         largest = _largest(values)
@@ -89,9 +121,14 @@ class Replica:
         return largest
 
     def _all_changed(self) -> None:
+        self.lane.mark()
+        for reading in self._readings:
+            reading.spoil()
         for chunk in self.layout.chunks:
             self._bounds[chunk.index] = _largest(chunk.of(self.basepoint))
             self._hashes[chunk.index] = b""
+        if self.watcher is not None:
+            self.watcher.replaced()
 
     # -- packets -------------------------------------------------------------------------------------------------------
 
@@ -100,17 +137,56 @@ class Replica:
 
         Raises Refused: "out-of-range", "too-many-streams", "too-many-gaps". Nothing is changed then.
         """
-        chunk = self.layout.chunks[packet.chunk]
+        (outcome,) = self.apply_all([packet])
+        if isinstance(outcome, Refused):
+            raise outcome
+        return outcome
+
+    def apply_all(self, packets: Sequence[Packet]) -> list[bool | Refused]:
+        """`apply` for packets of one chunk, whose deltas are added in one go. For each: was it fresh, or why was it refused?"""
+        chunk = self.layout.chunks[packets[0].chunk]
+        outcomes: list[bool | Refused] = []
+        taken: list[Packet] = []
         with self.lock:
-            if not self.applied.can_add(*packet.key):
-                return False
+            for packet in packets:
+                try:
+                    fresh = self._admit(chunk, packet, taken)
+                except Refused as refusal:
+                    outcomes.append(refusal)
+                    continue
+                outcomes.append(fresh)
+            self._add(chunk, taken)
+        return outcomes
+
+    def _admit(self, chunk: Chunk, packet: Packet, taken: list[Packet]) -> bool:
+        """Note one packet as applied; it goes to `taken`. False if it is contained already. Raises Refused."""
+        if not self.applied.can_add(*packet.key):
+            return False
+        if self._bounds[chunk.index] + packet.delta.largest_step > limits.basepoint_range:
+            self._add(chunk, taken)  # the check looks at the values themselves
+            taken.clear()
             self.check_range(chunk, packet.delta)
-            packet.delta.add_to(chunk.of(self.basepoint))
-            self._bounds[chunk.index] += packet.delta.largest_step
-            self._hashes[chunk.index] = b""
-            self.applied.add(*packet.key)
-            self.applied.note_batches(packet.stream_key, packet.header.batches_total)
+        self._bounds[chunk.index] += packet.delta.largest_step
+        taken.append(packet)
+        self.applied.add(*packet.key)
+        self.applied.note_batches(packet.stream_key, packet.header.batches_total)
         return True
+
+    def _add(self, chunk: Chunk, packets: Sequence[Packet]) -> None:
+        if not packets:
+            return
+        self._before_change(chunk)
+        add_all([packet.delta for packet in packets], chunk.of(self.basepoint))
+        self.lane.mark()
+        if self.watcher is not None:
+            for packet in packets:
+                self.watcher.applied(packet)
+
+    def _before_change(self, chunk: Chunk) -> None:
+        """Whoever is reading the state gets a copy of the chunk as it is."""
+        for reading in self._readings:
+            reading.before_change(chunk.index, chunk.of(self.basepoint))
+        self._hashes[chunk.index] = b""
 
     def check_range(self, chunk: Chunk, delta: Delta) -> None:
         """Raises Refused("out-of-range") if adding `delta` now would leave the range. Changes nothing."""
@@ -121,7 +197,7 @@ class Replica:
             self._bounds[chunk.index] = _largest(chunk.of(self.basepoint))
             if self._bounds[chunk.index] + step <= limits.basepoint_range:
                 return
-            trial = chunk.of(self.basepoint).clone()
+            trial = self.lane.fetch(chunk.of(self.basepoint))
         delta.add_to(trial)
         self._check_values(chunk, trial)
 
@@ -133,7 +209,7 @@ class Replica:
     # -- weights -------------------------------------------------------------------------------------------------------
 
     def chunk_weights(self, index: int, out: Tensor) -> Tensor:
-        """B of one chunk in weight units, into `out` (its flat values, fp32 or fp64, CPU)."""
+        """B of one chunk in weight units, into `out` (its flat values, fp32 or fp64, any device)."""
         chunk = self.layout.chunks[index]
         with self.lock:
             out.copy_(chunk.of(self.basepoint))
@@ -155,39 +231,59 @@ class Replica:
         return self.state()[1]
 
     def state(self) -> State:
-        """(applied digest, hash) of one moment; also appended to `recent` if it is new.
+        """(applied digest, hash) of one moment; also appended to `recent` if it is new."""
+        state = self.read_state(self.begin_reading())
+        if state is not None:
+            return state
+        with self.lock:  # so much changed meanwhile that the reading was spoilt: now nothing can
+            state = self.read_state(self.begin_reading())
+        assert state is not None
+        return state
 
-        Hashes changed chunks one by one without holding the lock between them, so the trainer is never held up for long.
-        """
-        for _ in range(limits.hash_passes):
-            if not self._hash_changed():
-                break
+    def begin_reading(self) -> StateReading:
+        """Hold on to the state of this moment. It costs a copy of each chunk that changes before it was read, and nothing else."""
         with self.lock:
-            self._hash_changed()
-            state = (self.applied.digest(), blake3(b"".join(self._hashes)).digest())
-            if state not in self.recent:
+            reading = StateReading(self.applied.digest(), list(self._hashes))
+            self._readings.append(reading)
+            return reading
+
+    def read_state(self, reading: StateReading) -> State | None:
+        """Hash what `begin_reading` held on to, on any thread. None if too much changed meanwhile to be held."""
+        while (index := self._next_unread(reading)) is not None:
+            with self.lock:
+                values = reading.take(index, self.layout.chunks[index].of(self.basepoint))
+                copy = self.lane.fetch(values) if values is not None else None
+            if copy is None:
+                break
+            value = blake3(snapshot_chunk.raw_bytes(copy)).digest()
+            with self.lock:
+                if reading.note(index, value):
+                    self._hashes[index] = value
+        with self.lock:
+            self._readings.remove(reading)
+            state = reading.state()
+            if state is not None and state not in self.recent:
                 self.recent.append(state)
         return state
+
+    def _next_unread(self, reading: StateReading) -> int | None:
+        with self.lock:
+            return reading.next()
 
     def chunk_hash(self, index: int) -> bytes:
         """32 bytes for one chunk's values."""
         with self.lock:
             if not self._hashes[index]:
-                self._hashes[index] = blake3(snapshot_chunk.raw_bytes(self.layout.chunks[index].of(self.basepoint))).digest()
+                copy = self.lane.fetch(self.layout.chunks[index].of(self.basepoint))
+                self._hashes[index] = blake3(snapshot_chunk.raw_bytes(copy)).digest()
             return self._hashes[index]
-
-    def _hash_changed(self) -> bool:
-        changed = [index for index, known in enumerate(self._hashes) if not known]
-        for index in changed:
-            self.chunk_hash(index)
-        return bool(changed)
 
     # -- snapshot chunks -----------------------------------------------------------------------------------------------
 
     def read_chunk(self, index: int) -> bytes:
         """One chunk's values and its part of the applied set, of one moment, for a newcomer."""
         with self.lock:
-            values = self.layout.chunks[index].of(self.basepoint).clone()
+            values = self.lane.fetch(self.layout.chunks[index].of(self.basepoint))
             entries = self.applied.chunk_entries(index)
         return snapshot_chunk.encode(index, values, entries)
 
@@ -201,9 +297,12 @@ class Replica:
         largest = self._check_values(chunk, values)
         with self.lock:
             self.applied.replace_chunk(index, entries)
+            self._before_change(chunk)
             chunk.of(self.basepoint).copy_(values)
+            self.lane.mark()
             self._bounds[index] = largest
-            self._hashes[index] = b""
+            if self.watcher is not None:
+                self.watcher.replaced()
 
 
 def _largest(values: Tensor) -> float:

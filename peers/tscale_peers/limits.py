@@ -9,8 +9,8 @@ basepoint_range = 1 << 30
 Half of int32, so that one more step of at most 2**24 can be tried and refused without overflow."""
 recent_states = 32
 """(digest, hash) pairs kept: peers that never stand still can still find a state that both have passed."""
-hash_passes = 3
-"""Times that hashing follows a replica which changes meanwhile, before it holds the lock for the rest."""
+reading_copies_bytes = 256 << 20
+"""Copies of chunks that change while the state of a moment is being hashed, on the replica's device."""
 
 # -- applied.py --------------------------------------------------------------------------------------------------------
 
