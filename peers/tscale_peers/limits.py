@@ -41,7 +41,7 @@ topk_default = 64
 """Values picked of every 4096 (SparseLoCo's choice): 0.017 bytes per parameter, a seventh of one bit."""
 topk_bounds = (1, 2048)
 """Picks of 4096 that a name may ask for: at half of the values one bit for every value is shorter."""
-topk_max_parameter = 11
+rice_max_parameter = 11
 """Rice parameters above it are never shortest for gaps below 4096."""
 
 # -- delta_log.py ------------------------------------------------------------------------------------------------------
@@ -80,12 +80,19 @@ record_old_s = 90.0
 not link."""
 heartbeat_s = 2.0
 """A record is renewed this often in small swarms."""
-heartbeat_per_peer_s = 0.1
-"""In large ones once per this times the number of peers: record traffic per link stays about 10 records a second."""
+heartbeat_per_peer_s = 0.5
+"""In large ones once per this times the number of peers: record traffic stays about 2 records a second over each link."""
+heartbeat_parts = 8
+"""News of others is gathered for this part of a heartbeat before it is told on: it then takes half a heartbeat through any swarm."""
 suspect_s = 7.0
 """Three heartbeats lost."""
+suspect_heartbeats = 2.5
 dead_s = 15.0
 """A killed peer is noticed within this in small swarms; stalls of 5 s of a training process stay harmless."""
+dead_heartbeats = 4.0
+"""In large swarms, whose heartbeats are longer, silence is counted in them: links lose nothing, so a missing record is no accident."""
+records_journal = 4096
+"""News of peers that some neighbour was not told yet, before the neighbours' own lists are brought up to date: 32 KiB."""
 links_target = 8
 """Links that a peer tries to keep: the overlay of 256 peers then has a diameter of about 3."""
 dials_per_tick = 2
@@ -99,6 +106,13 @@ bootstrap_redial_s = 20.0
 # -- gossip (lead) -----------------------------------------------------------------------------------------------------
 
 tick_s = 0.25
+"""News for neighbours is gathered for so long: many packets share one announcement, and nothing runs while there is no news."""
+house_s = 1.0
+"""What has no event of its own is looked after this often: who is alive, whom to dial, deadlines, whether the uplink is free."""
+share_s = 5.0
+"""The share and the pace are worked out anew this often, and when somebody comes or goes: rates are averages over 30 s."""
+traffic_s = 2.0
+"""Byte counters of links are read this often: every 64 peers have hundreds of links in a simulation, and people look once a second."""
 push_fanout = 3
 """Epidemic push: 3 reach almost everybody in log3 N hops, the rest pull."""
 push_max_bytes = 64 << 10
@@ -222,3 +236,33 @@ pace_interval_max_s = 600.0
 """No link, and no lie about one, makes a peer wait longer than this between publications."""
 own_sends = 2.0
 """Times that an own publication leaves this peer: a second neighbour asks for it before the first has told others."""
+
+# -- running average ---------------------------------------------------------------------------------------------------
+
+average_window_s = 3600.0
+"""Time of one mean: TScale's published models are means over a few hours' basepoints."""
+average_cuts = 8
+"""Basepoints in it: more would hardly differ, as a basepoint of minutes ago is nearly the present one."""
+average_ahead_packets = 4096
+"""Packets dated after the next cut, which only clocks that are ahead make: more of them spoil the mean of that window, and only that."""
+
+# -- pledges.py, accumulator.py ----------------------------------------------------------------------------------------
+
+pledges_open = 4
+"""Contributions to one chunk that no sum lists yet; beyond it the next one waits, and its content stays in the displacement."""
+pledges_remembered = 64
+"""Contributions to one chunk that were taken back and may still be listed: more than the log keeps of them."""
+pledge_patience_s = 30.0
+"""A contribution is taken back when no sum has listed it for so long, and"""
+pledge_intervals = 5.0
+"""not for so many of the author's intervals: an owner gathers for up to two, and its sum has to come back. Meanwhile it costs nothing."""
+sum_patience_s = 10.0
+"""A sum goes out when its oldest contribution has waited for so long, and for two intervals of those who contribute."""
+waiting_per_author = 8
+"""Contributions of one author in one sum: twice as many as an honest one has open."""
+known_ranges = 64
+"""Gaps in the numbers of one author's contributions to one chunk, which come of changing owners."""
+known_authors = 1024
+"""Authors remembered per chunk: four times as many as a record book has peers."""
+spacing_weight = 0.1
+"""Weight of the newest in the average time between two contributions."""
