@@ -6,7 +6,7 @@ last few own pairs are kept and a pair of another peer is compared with all of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 from tscale_net.ports import PeerId
 from tscale_peers.notices import NoticeBoard
@@ -20,6 +20,9 @@ class Agreement:
         self.agreeing: dict[PeerId, float] = {}
         self.differing: dict[PeerId, bytes] = {}
         self._board = board
+        self._recent: tuple[bytes, bytes] | None = None
+        self._hashes: dict[bytes, bytes] = {}
+        """Of the own recent states, by digest, as of the newest `_recent`."""
 
     def forget(self, is_known: Callable[[PeerId], bool]) -> None:
         """Keep only peers that are still known."""
@@ -27,9 +30,12 @@ class Agreement:
             for peer in [peer for peer in peers if not is_known(peer)]:
                 del peers[peer]
 
-    def compare(self, record: PeerRecord, recent: Iterable[tuple[bytes, bytes]], now: float) -> None:
-        """Compare another peer's latest pair with our recent ones."""
-        mine = next((hash for digest, hash in recent if digest == record.digest), None)
+    def compare(self, record: PeerRecord, recent: Sequence[tuple[bytes, bytes]], now: float) -> None:
+        """Compare another peer's latest pair with our recent ones, the newest last. Another thread may append to `recent`."""
+        newest = recent[-1] if recent else None
+        if newest is not self._recent:
+            self._recent, self._hashes = newest, dict(tuple(recent))
+        mine = self._hashes.get(record.digest)
         if mine is None or not record.digest:
             return
         if mine == record.hash:

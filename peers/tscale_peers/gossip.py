@@ -82,6 +82,8 @@ class Gossip:
         """Nothing is asked for before this time (the log cannot be written)."""
         self.may_ask: Callable[[], bool] = lambda: True
         """Asked once for every packet before it is asked for: a limit of what this peer downloads."""
+        self.has_news = False
+        """Something waits to be announced or compared; `tick` clears it."""
         self.unheld: dict[Key, None] = {}
         """Own packets that no neighbour is known to hold yet (bounded)."""
         self._chunks = chunks
@@ -100,6 +102,7 @@ class Gossip:
         self._neighbours[peer] = Neighbour()
         self._wants.link_up(peer)
         self._ask_summary[peer] = None
+        self.has_news = True
 
     def link_down(self, peer: PeerId) -> None:
         self._neighbours.pop(peer, None)
@@ -111,6 +114,7 @@ class Gossip:
         """The snapshot is here: compare with everybody, and pull."""
         self.hold = False
         self._ask_summary = dict.fromkeys(self._neighbours)
+        self.has_news = True
 
     def now_known(self, known: AppliedSet) -> None:
         """Snapshot chunks were loaded: this is what is known now."""
@@ -121,6 +125,7 @@ class Gossip:
 
     def accepted(self, keys: Iterable[Key], source: PeerId | None) -> None:
         """These packets were checked and logged here: tell the neighbours. The source is told too, which is the author's receipt."""
+        self.has_news = True
         for key in keys:
             self._wants.arrived(key, source)
             for peer, neighbour in self._neighbours.items():
@@ -225,6 +230,7 @@ class Gossip:
         for key in _keys(theirs.missing_from(ours), limits.anti_entropy_keys):
             if self._store.holds(key):
                 neighbour.tell(key)
+                self.has_news = True
         for key in [key for key in self.unheld if theirs.contains(*key)]:
             self._holds(key, peer)
         if len(lacking) == limits.anti_entropy_keys or not all(taken):
@@ -259,12 +265,18 @@ class Gossip:
     # -- time --------------------------------------------------------------------------------------------------------
 
     def tick(self, now: float) -> list[Action]:
-        """A few times a second: announcements (gathered, so that many packets share one message) and a comparison that is due."""
-        digest_only = _encode(Summary(self.known.digest(), b""))
-        actions: list[Action] = [Send(peer, SUMMARY, digest_only) for peer in self._due_comparisons(now)]
+        """When there is news, and now and then: announcements (gathered, so that many packets share one message) and a comparison that is
+        due."""
+        self.has_news = False
+        actions: list[Action] = []
+        due = self._due_comparisons(now)
+        if due:
+            digest_only = _encode(Summary(self.known.digest(), b""))
+            actions += [Send(peer, SUMMARY, digest_only) for peer in due]
         for peer, neighbour in self._neighbours.items():
             if neighbour.to_tell:
                 actions += [Send(peer, HAVE, body) for body in Ranges.bodies(neighbour.next_told())]
+                self.has_news |= bool(neighbour.to_tell)
         return actions
 
     def flush(self, now: float, pending_bytes: Callable[[PeerId], int]) -> list[Action]:

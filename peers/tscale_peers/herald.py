@@ -28,6 +28,7 @@ class Herald:
         self._clock = clock
         self._rng = rng
         self._renew_at = 0.0
+        self._tell_at = 0.0
         self._outdone = False
 
     def outdone_by(self, record: PeerRecord) -> bool:
@@ -46,6 +47,14 @@ class Herald:
         self._renew_at = now + self._membership.heartbeat_s() * (0.9 + 0.2 * self._rng.random())
         self.seq = record.seq
         self._membership.learn(seal(record, self._sign), now)
+
+    def tell_if_due(self, linked: Iterable[PeerId]) -> None:
+        """Tell what was gathered, once in a part of a heartbeat; at once if somebody has come or leaves."""
+        now = self._clock.now()
+        if self._membership.urgent or now >= self._tell_at:
+            self._membership.urgent = False
+            self._tell_at = now + self._membership.heartbeat_s() / limits.heartbeat_parts
+            self.tell(linked)
 
     def tell(self, linked: Iterable[PeerId]) -> None:
         """Send each neighbour the records that it was not told yet."""

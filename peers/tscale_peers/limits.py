@@ -112,7 +112,7 @@ house_s = 1.0
 share_s = 5.0
 """The share and the pace are worked out anew this often, and when somebody comes or goes: rates are averages over 30 s."""
 traffic_s = 2.0
-"""Byte counters of links are read this often: every 64 peers have hundreds of links in a simulation, and people look once a second."""
+"""Byte counters of links are read this often: a fifth of the time constant of what people see."""
 push_fanout = 3
 """Epidemic push: 3 reach almost everybody in log3 N hops, the rest pull."""
 push_max_bytes = 64 << 10

@@ -13,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from tscale_net.errors import Refused
 from tscale_net.ports import PeerId, Rng
 from tscale_peers import limits
 from tscale_peers.allowance import Allowance
+from tscale_peers.record_news import RecordNews
 from tscale_peers.records import PeerRecord, RecordBook
 
 
@@ -48,9 +50,15 @@ class Membership:
         self._state: dict[PeerId, State] = {}
         book.pinned.add(me)
         self._told_by: dict[PeerId, Allowance] = {}
-        self._untold: dict[PeerId, dict[PeerId, None]] = {}
+        self._news = RecordNews()
         self._silent: set[PeerId] = set()
         """Linked, and no record has come over the link yet."""
+        self.urgent = False
+        """A record was learned that others should hear of at once: of a newcomer, or of one that leaves. Cleared by who tells it."""
+        self.live_count = 0
+        """Others that were live at the last tick."""
+        self._judge_at = 0.0
+        """Nobody's state changes before this time, unless news comes of a peer that is not live."""
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -61,19 +69,29 @@ class Membership:
         told_by = self._told_by.get(source) if source is not None else None
         if told_by is not None and not told_by.take(1, now):
             raise Refused("flood", "more peer records than there can be peers")
-        record = self.book.learn(sealed, now, wall)
+        known = self.book.author_of(sealed)
+        record = self.book.learn(sealed, now, wall) if known is None else None
         if record is not None:
-            for neighbour, untold in self._untold.items():
-                if neighbour not in (source, record.peer):
-                    untold[record.peer] = None
-        elif source in self._untold and self.book.outdates(sealed, source):
-            # Its clock was set back since its last life, so nobody listens to it: it is told what is known of it, and goes beyond that.
-            self._untold[source][source] = None
+            self._note(record)
+            known = record.peer
+        if source is not None:
+            if known is not None:
+                self._news.has(source, known, sealed)
+            elif self.book.outdates(sealed, source):
+                # Its clock was set back since its last life, so nobody listens to it: it is told what is known of it, and goes beyond that.
+                self._news.tell(source, [source])
         return record
+
+    def _note(self, record: PeerRecord) -> None:
+        peer = record.peer
+        self._news.learned(peer)
+        if peer != self.me and (record.leaving or self._state.get(peer) is not State.LIVE):
+            self.urgent = True
+            self._judge_at = 0.0
 
     def link_up(self, peer: PeerId) -> None:
         """A new neighbour is told of this peer, and of all others once it speaks: a newcomer that still fetches data would not hear it."""
-        self._untold[peer] = {self.me: None}
+        self._news.link_up(peer, [self.me])
         self._silent.add(peer)
         self._told_by[peer] = Allowance(limits.records_per_s, limits.records_burst)
         self.book.pinned.add(peer)
@@ -82,29 +100,17 @@ class Membership:
         """A neighbour has sent records; the first time on its link it is told everything."""
         if peer in self._silent:
             self._silent.discard(peer)
-            self._untold[peer] = {heard.record.peer: None for heard in self.book.all() if heard.record.peer != peer}
+            self._news.tell(peer, [heard.record.peer for heard in self.book.all() if heard.record.peer != peer])
 
     def link_down(self, peer: PeerId) -> None:
-        self._untold.pop(peer, None)
+        self._news.link_down(peer)
         self._silent.discard(peer)
         self._told_by.pop(peer, None)
         self.book.pinned.discard(peer)
 
     def news_for(self, neighbour: PeerId) -> list[bytes]:
         """Signed records that this neighbour was not told yet (bounded; the rest comes next time)."""
-        untold = self._untold.get(neighbour)
-        news: list[bytes] = []
-        room = limits.records_bytes_max
-        while untold and len(news) < limits.records_per_message:
-            peer = next(iter(untold))
-            heard = self.book.get(peer)
-            if heard is not None and len(heard.sealed) > room:
-                break
-            del untold[peer]
-            if heard is not None:
-                news.append(heard.sealed)
-                room -= len(heard.sealed)
-        return news
+        return self._news.next_for(neighbour, self.book.newest)
 
     # -- states ------------------------------------------------------------------------------------------------------
 
@@ -116,22 +122,41 @@ class Membership:
         return self._state.get(peer, State.DEAD)
 
     def tick(self, now: float) -> list[Change]:
-        """Re-judge everybody; returns what changed since the last tick."""
-        stretch = self.heartbeat_s() / limits.heartbeat_s
+        """Re-judge everybody, if anybody's state can have changed; returns what changed since the last tick."""
+        if now < self._judge_at:
+            return []
+        self._forget_the_forgotten()
+        limit = self._patience()
         changes = []
-        if len(self._state) >= len(self.book):  # all but this peer itself have a state
-            for forgotten in [peer for peer in self._state if peer not in self.book]:
-                del self._state[forgotten]
+        self._judge_at = now + limit.dead_s
         for heard in self.book.all():
             peer = heard.record.peer
             if peer == self.me:
                 continue
-            after = _judge(heard.record.leaving, (now - heard.heard_at) / stretch)
+            silent_s = now - heard.heard_at
+            after = _judge(heard.record.leaving, silent_s, limit)
             before = self._state.get(peer)
             if after is not before:
                 self._state[peer] = after
                 changes.append(Change(peer, heard.record.name, before, after))
+            if after is State.LIVE:
+                self._judge_at = min(self._judge_at, now + limit.suspect_s - silent_s)
+            elif after is State.SUSPECT:
+                self._judge_at = min(self._judge_at, now + limit.dead_s - silent_s)
+        self.live_count = sum(state is State.LIVE for state in self._state.values())
         return changes
+
+    def _forget_the_forgotten(self) -> None:
+        if len(self._state) >= len(self.book):  # all but this peer itself have a state
+            for forgotten in [peer for peer in self._state if peer not in self.book]:
+                del self._state[forgotten]
+                self._news.forget(forgotten)
+
+    def _patience(self) -> _Patience:
+        heartbeat_s = self.heartbeat_s()
+        return _Patience(
+            max(limits.suspect_s, limits.suspect_heartbeats * heartbeat_s), max(limits.dead_s, limits.dead_heartbeats * heartbeat_s)
+        )
 
     def live(self) -> list[PeerRecord]:
         """Records of the others that are live, in a fixed order."""
@@ -162,9 +187,16 @@ class Membership:
         return free[: min(room, limits.dials_per_tick)]
 
 
-def _judge(leaving: bool, silent_s: float) -> State:
+class _Patience(NamedTuple):
+    """How long a peer may be silent."""
+
+    suspect_s: float
+    dead_s: float
+
+
+def _judge(leaving: bool, silent_s: float, limit: _Patience) -> State:
     if leaving:
         return State.LEFT
-    if silent_s >= limits.dead_s:
+    if silent_s >= limit.dead_s:
         return State.DEAD
-    return State.SUSPECT if silent_s >= limits.suspect_s else State.LIVE
+    return State.SUSPECT if silent_s >= limit.suspect_s else State.LIVE

@@ -16,7 +16,7 @@ from tscale_net.errors import Refused
 from tscale_net.ports import Event, Frame, LinkDown, LinkUp, PeerId
 from tscale_peers import limits
 from tscale_peers.agreement import Agreement
-from tscale_peers.cadence import LinkOf, Pacer, Standing
+from tscale_peers.cadence import Pacer
 from tscale_peers.conduct import NOT_ITS_FAULT, Conduct
 from tscale_peers.dialler import Dialler
 from tscale_peers.gossip import Action, Gossip, NeedChunks, Send
@@ -27,6 +27,7 @@ from tscale_peers.meeting import MeetingPoint, Met
 from tscale_peers.membership import Change, Membership, State
 from tscale_peers.messages import GOSSIP_KINDS, PACKET, RECORDS, decode_records
 from tscale_peers.notices import NoticeBoard
+from tscale_peers.pulse import Pulse
 from tscale_peers.records import PeerRecord, RecordBook, author_of
 from tscale_peers.share import CountedRate, RateAverage, share
 from tscale_peers.surroundings import Author, Outside, PeerSettings
@@ -86,11 +87,11 @@ class SwarmPeer:
         self._intake = intake
         self._state: tuple[bytes, bytes] = (b"", b"")
         self._tokens = CountedRate(self.rate, clock.now())
-        self._met_at = clock.now()
-        self._idle_meeting: asyncio.Task[None] | None = None
+        self.met_at = clock.now()
         self._retry_refused_at: float | None = None
         self._flush_wanted = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.pulse = Pulse(self)
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -103,7 +104,7 @@ class SwarmPeer:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._events())
             tasks.create_task(self._check_packets())
-            tasks.create_task(self._ticks(tasks))
+            self.pulse.run(tasks)
 
     async def leave(self, progress: Callable[[str], None] = lambda text: None) -> bool:
         """Publish what the swarm does not have yet, and wait until a neighbour holds it. True if it was handed over.
@@ -230,11 +231,12 @@ class SwarmPeer:
             if record is None:
                 continue
             if record.peer != self.author.peer_id:
-                # A copy in one step: the training thread appends to it.
-                self.agreement.compare(record, tuple(self.meeting.replica.recent), now)
+                self.agreement.compare(record, self.meeting.replica.recent, now)
             elif self.herald.outdone_by(record):
                 why = "this clock was set back, or this identity runs elsewhere too"
                 self.board.tell("identity", f"a record of mine with a later start was heard: {why}")
+        if self.membership.urgent or self.membership.heartbeat_s() <= limits.heartbeat_parts * limits.house_s:
+            self.pulse.news()
 
     # -- packets and meetings ----------------------------------------------------------------------------------------
 
@@ -266,11 +268,11 @@ class SwarmPeer:
         self._loop.call_soon_threadsafe(self._after_meeting, met)
 
     def _after_meeting(self, met: Met) -> None:
-        self._met_at = self.outside.clock.now()
+        self.met_at = self.outside.clock.now()
         for receipt in met.receipts:
             if receipt.refusal is not None:
                 self.board.refuse(receipt.refusal, "the log")
-                self._retry_refused_at = self._retry_refused_at or self._met_at + limits.refused_retry_s
+                self._retry_refused_at = self._retry_refused_at or self.met_at + limits.refused_retry_s
             self.applied += receipt.outcome == "applied"
         if met.withheld is not None:
             self.board.refuse(met.withheld, "my own publication")
@@ -280,7 +282,7 @@ class SwarmPeer:
             self._spread(met)
         if met.state is not None:
             self._state = met.state
-        self._tokens.note(met.progress.tokens, self._met_at)
+        self._tokens.note(met.progress.tokens, self.met_at)
 
     def _spread(self, met: Met) -> None:
         self.published += 1
@@ -290,65 +292,23 @@ class SwarmPeer:
         self._do(self.gossip.published(list(met.published)))
         self.last_delta_at[self.author.peer_id] = self.outside.clock.now()
         self.published_bytes = sum(len(body) for _, body in met.published)
+        self.pulse.consider_publishing(self.met_at)
         self.board.tell("published", f"delta {met.published[0][0][1]}: {self.published_bytes} bytes", keep=False)
         self._want_flush()
 
     # -- time --------------------------------------------------------------------------------------------------------
 
-    async def _ticks(self, tasks: asyncio.TaskGroup) -> None:
-        while True:
-            await self._tick(tasks)
-            await self.outside.clock.sleep(limits.tick_s)
+    def announce(self) -> None:
+        """Tell neighbours what is news to them, and send what can go out."""
+        self.herald.tell_if_due(self.linked)
+        self._do(self.gossip.tick(self.outside.clock.now()))
+        self.flush()
 
-    async def _tick(self, tasks: asyncio.TaskGroup) -> None:
-        now = self.outside.clock.now()
-        self._show(self.membership.tick(now))
-        self.agreement.forget(self.membership.book.__contains__)
-        if self.herald.due():
-            self.renew_record()
-        self.herald.tell(self.linked)
-        if not self.leaving:
-            self.dialler.tick(self.linked, tasks)
-        self.meeting.share = self.share()
-        self._keep_pace(now)
-        due = self.pacer.due(self.last_delta_at.get(self.author.peer_id), now)
-        self.meeting.may_publish = not self.leaving and not self.gossip.hold and due and self._uplink_free(now)
+    def retry_refused(self, now: float) -> None:
+        """Offer packets again that the replica refused: whether it does depends on what else has come."""
         if self._retry_refused_at is not None and now >= self._retry_refused_at:
             self._retry_refused_at = None
             self.recount_known()
-        if self._may_meet_idle(now) and (self._idle_meeting is None or self._idle_meeting.done()):
-            self._idle_meeting = tasks.create_task(self._meet_idle())
-        self._do(self.gossip.tick(now))
-        self.flush()
-        self.traffic.note(self.outside.transport.links(), now)
-        need = self.gossip.unobtainable()
-        if need is not None:
-            self.reload_chunks(need)
-
-    def _may_meet_idle(self, now: float) -> bool:
-        return not self.training_active and not self.gossip.hold and now - self._met_at >= limits.idle_meeting_s
-
-    async def _meet_idle(self) -> None:
-        """Beside the ticks: a large model takes longer to apply and hash than others wait for a heartbeat."""
-        if self._may_meet_idle(self.outside.clock.now()):
-            await self.off_loop(self.meeting.meet_idle)
-
-    def _uplink_free(self, now: float) -> bool:
-        """Some neighbour, however slow the others are, holds what was published before; or nobody has shown any interest for long."""
-        most = limits.unheld_publications * len(self.meeting.replica.layout.chunks)
-        waited = now - self.last_delta_at.get(self.author.peer_id, now)
-        return len(self.gossip.unheld) <= most or not self.gossip.has_listeners() or waited > limits.uplink_patience_s
-
-    def _keep_pace(self, now: float) -> None:
-        """Measure the own connection, and see what the links of those who do the work allow."""
-        live = self.membership.live()
-        chunks = len(self.meeting.replica.layout.chunks)
-        backlog = 0 if self.gossip.hold else self.gossip.backlog()
-        standing = Standing(self.traffic.down_bytes, self.traffic.up_bytes, backlog, self.unheld(), chunks, 1 + len(live))
-        self.pacer.measure(standing, now)
-        own = LinkOf(self.settings.name, self.pacer.down.bytes_per_s or 0.0, self.rate.per_s)
-        others = [LinkOf(r.name, r.down_bytes_per_s, r.tokens_per_s) for r in live]
-        self.pacer.choose(self.published_bytes, len(others), own, others)
 
     def _may_ask(self) -> bool:
         """Does the limit of downloads allow another packet?"""
@@ -357,7 +317,8 @@ class SwarmPeer:
         typical = self.published_bytes / chunks or float(self.meeting.exchange.terms.max_packet_bytes)
         return bucket is None or bucket.try_borrow(typical)
 
-    def _show(self, changes: Sequence[Change]) -> None:
+    def show(self, changes: Sequence[Change]) -> None:
+        """Say who has come and gone."""
         for change in changes:
             again = change.before is State.SUSPECT and change.after is State.LIVE
             self.board.tell("peers", f"{change.name} {'is heard of again' if again else _STATE_WORDS[change.after]}")
@@ -397,6 +358,8 @@ class SwarmPeer:
     def flush(self) -> None:
         """Send everything that can go out now."""
         self._flush_wanted = False
+        if self.gossip.has_news:
+            self.pulse.news()
         self._do(self.gossip.flush(self.outside.clock.now(), self.outside.transport.pending_bytes))
 
     def _do(self, actions: Sequence[Action]) -> None:

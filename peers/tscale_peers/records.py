@@ -141,7 +141,7 @@ class RecordBook:
         self._run = run
         self._verify = verify
         self._heard: dict[PeerId, Heard] = {}
-        self._sealed: set[bytes] = set()
+        self._sealed: dict[bytes, PeerId] = {}
         """Bytes of the records in the book: most of what neighbours tell is known, and need not be read again."""
         self.pinned: set[PeerId] = set()
 
@@ -153,6 +153,15 @@ class RecordBook:
 
     def get(self, peer: PeerId) -> Heard | None:
         return self._heard.get(peer)
+
+    def newest(self, peer: PeerId) -> bytes | None:
+        """The signed record of a peer."""
+        heard = self._heard.get(peer)
+        return heard.sealed if heard is not None else None
+
+    def author_of(self, sealed: bytes) -> PeerId | None:
+        """Whose record these bytes are, if they are in the book."""
+        return self._sealed.get(sealed)
 
     def all(self) -> Iterable[Heard]:
         return self._heard.values()
@@ -176,7 +185,7 @@ class RecordBook:
         if before is not None:
             self._forget(peer)
         self._heard[peer] = Heard(record, sealed, now - stale_s)
-        self._sealed.add(sealed)
+        self._sealed[sealed] = peer
         if len(self._heard) > limits.record_book_peers:
             self._forget_one()
         return record
@@ -194,4 +203,4 @@ class RecordBook:
         self._forget(min(free, key=lambda peer: self._heard[peer].heard_at))
 
     def _forget(self, peer: PeerId) -> None:
-        self._sealed.discard(self._heard.pop(peer).sealed)
+        self._sealed.pop(self._heard.pop(peer).sealed, None)

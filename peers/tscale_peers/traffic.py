@@ -5,7 +5,7 @@ Enters: the transport's live links, now and then. Leaves: totals. A link's own c
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from tscale_net.ports import LinkInfo, PeerId
@@ -23,6 +23,11 @@ class Traffic:
     down: RateAverage = field(default_factory=lambda: RateAverage(limits.traffic_time_constant_s))
     _seen: dict[PeerId, tuple[int, int]] = field(default_factory=dict)
     _noted_at: float | None = None
+
+    def note_if_due(self, links: Callable[[], Iterable[LinkInfo]], now: float) -> None:
+        """`note`, at most every `traffic_s`."""
+        if self._noted_at is None or now - self._noted_at >= limits.traffic_s:
+            self.note(links(), now)
 
     def note(self, links: Iterable[LinkInfo], now: float) -> None:
         """Take in the present counters."""
