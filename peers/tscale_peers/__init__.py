@@ -6,6 +6,8 @@ The algebra, which works without any network:
     layout.py           one flat vector, cut into chunks of whole rows; the power-of-two unit of each tensor
     codec.py            displacement -> payload -> integer steps, by name; codec_contract.py what every codec promises
     codec_sign.py       one bit per value                      codec_exact.py uncompressed, for tests and comparison
+    codec_topk.py       the largest values alone               rice.py        its places as Rice codes
+    codec_grid.py       4 or 8 bits per value
     packet.py           the signed delta packet: strict wire form
     applied.py          which packets a replica contains, with a digest; applied_wire.py its bytes, ranges.py its arithmetic
     delta_log.py        the append-only, replayable log of packets on disk; packet_log.py its interface and its twin in memory

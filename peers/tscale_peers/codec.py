@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tscale_net.errors import Refused
+from tscale_peers import limits
 from tscale_peers.codec_contract import Codec, CodecMemory, Delta
 from tscale_peers.codec_exact import ExactCodec
 from tscale_peers.codec_grid import INT4, INT8, GridCodec
 from tscale_peers.codec_sign import SignCodec
+from tscale_peers.codec_topk import TopkCodec
 from tscale_peers.errors import refuse
 
 __all__ = ["FAMILIES", "Codec", "CodecMemory", "Delta", "Family", "codec_fault", "codec_named", "known_codecs"]
@@ -35,6 +37,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "sign": Family(lambda name, _: SignCodec(name)),
     "exact": Family(lambda name, _: ExactCodec(name)),
+    "topk-sign": Family(lambda name, k: TopkCodec(name, k), limits.topk_default, limits.topk_bounds, "K"),
+    "topk-2bit": Family(lambda name, k: TopkCodec(name, k, two_sizes=True), limits.topk_default, limits.topk_bounds, "K"),
     "int4": Family(lambda name, _: GridCodec(name, INT4)),
     "int8": Family(lambda name, _: GridCodec(name, INT8)),
 }
