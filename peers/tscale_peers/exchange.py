@@ -7,6 +7,7 @@ State is (B, d): the replica's basepoint in integers and the displacement in flo
     publish:  q = codec(d);  B += c*q;  d -= leak*q;  momentum *= keep     (after everything received: "pack after")
 Sum rule: leak = c, so d gives up exactly the integers that B gains and W stays; keep = share. Averaging rule: leak = 1, keep = 1, and W
 moves by (c - 1)*q. What the codec lost stays in d (error feedback). Both are the author's own business: the packets look the same.
+What is given to owners of chunks instead (pledges.py) stays in d, and so in W, and is not encoded again; d pays it when a sum lists it.
 (TScale's federated rule with its center deleted; sum rule and "pack after" make B + sum of all d change by local training alone.)
 
 Durability: own packets are in the log, synced, before anybody sees them. `paid` is the set of own packets that d has given up; it belongs
@@ -38,6 +39,8 @@ from tscale_peers.delta_log import PacketLog
 from tscale_peers.errors import refuse
 from tscale_peers.layout import Chunk
 from tscale_peers.packet import PACKET_VERSION, Header, Key, Packet, Sign, Terms, stream_key
+from tscale_peers.packet_log import MemoryLog
+from tscale_peers.pledges import Pledges
 
 Part = Literal["share", "one"]
 
@@ -118,6 +121,7 @@ class Exchange:
         *,
         displacement: torch.Tensor | None = None,
         paid: bytes | None = None,
+        pledges: Pledges | None = None,
     ) -> None:
         layout = replica.layout
         if weights.shape != (layout.size,) or (displacement is not None and displacement.shape != (layout.size,)):
@@ -137,6 +141,7 @@ class Exchange:
         most = max(chunk.size for chunk in layout.chunks)
         self._scratch = torch.empty(most, dtype=weights.dtype, pin_memory=weights.device.type == "cuda")
         self._d = torch.zeros(layout.size, dtype=weights.dtype) if displacement is None else displacement
+        self.pledges = pledges or Pledges(self.stream_key, MemoryLog(), terms)
         own = replica.applied_copy().only(self.stream_key)
         self.paid: AppliedSet = own if paid is None else AppliedSet.decode(paid, len(layout.chunks), max_streams=1)
         if displacement is None:
@@ -156,6 +161,28 @@ class Exchange:
             self._captured(chunk)
         return self._d
 
+    def encoded(self, chunk: Chunk, coefficient: float) -> bytes:
+        """Payload of what d holds of one chunk beyond what is pledged. Changes nothing. Raises Refused("not-finite")."""
+        left = self._captured(chunk)
+        pledged = self.pledges.open_to(chunk.index)
+        if pledged:
+            left = left.clone()
+        for contribution in pledged:
+            contribution.delta.take_from(left, self._divisor(contribution))
+        return self.terms.codec_of(chunk).encode(left, chunk, coefficient, self._memories[chunk.index])
+
+    def take_over(self, index: int, units: torch.Tensor) -> None:
+        """d of one chunk, and W with it, gain what others gave and no sum contains: this peer spreads it as its own work from now on."""
+        chunk = self._chunks[index]
+
+        def add() -> bool:
+            d = chunk.of(self._d)
+            for s in chunk.segments:
+                d[s.start : s.stop].add_(units[s.start : s.stop].to(device=d.device, dtype=torch.float64).mul_(s.unit).to(d.dtype))
+            return True
+
+        self._change(chunk, add)
+
     def displacement_norm(self) -> float:
         """Euclidean norm of d: private work that the swarm does not have yet."""
         flat = self.displacement()
@@ -164,6 +191,8 @@ class Exchange:
     def drop_displacement(self) -> None:
         """d = 0, W = B: private work that is too old to be of use is given up."""
         self._d.zero_()
+        for chunk in self._chunks:
+            self.pledges.close(chunk.index)
         self._stale = [False] * len(self._chunks)
         self._write_all()
 
@@ -176,6 +205,7 @@ class Exchange:
         """
         for chunk in self._chunks:
             d = chunk.of(self._d)
+            self._pay_pledges(chunk, self.pledges.close(chunk.index))
             if saved is None:
                 d.zero_()
             else:
@@ -235,6 +265,8 @@ class Exchange:
         except Refused as refusal:
             return Receipt(packet.key, "refused", refusal), False
         paid = packet.stream_key == self.stream_key and self._pay(packet)
+        if fresh and packet.header.included:
+            self._pay_pledges(self._chunks[packet.chunk], self.pledges.listed(packet))
         outcome: Literal["applied", "settled", "duplicate"] = "applied" if fresh else "settled" if paid else "duplicate"
         return Receipt(packet.key, outcome), fresh != paid or (paid and self.rule.own_leak == "one")
 
@@ -242,9 +274,16 @@ class Exchange:
         """d -= leak*q, once per own packet."""
         if not self.paid.add(*packet.key):
             return False
-        divisor = packet.header.coefficient if self.rule.own_leak == "one" else 1.0
-        packet.delta.take_from(self._chunks[packet.chunk].of(self._d), divisor)
+        packet.delta.take_from(self._chunks[packet.chunk].of(self._d), self._divisor(packet))
         return True
+
+    def _pay_pledges(self, chunk: Chunk, contributions: Iterable[Packet]) -> None:
+        for contribution in contributions:
+            contribution.delta.take_from(chunk.of(self._d), self._divisor(contribution))
+
+    def _divisor(self, packet: Packet) -> float:
+        """d -= c*q / divisor."""
+        return packet.header.coefficient if self.rule.own_leak == "one" else 1.0
 
     # -- publish -------------------------------------------------------------------------------------------------------
 
@@ -266,7 +305,7 @@ class Exchange:
     def _draft(self, chunk: Chunk, batches_total: int, coefficient: float) -> _Draft:
         """The packet for one chunk, checked against everything that could refuse it later. Captures d, changes nothing else."""
         codec = self.terms.codec_of(chunk)
-        payload = codec.encode(self._captured(chunk), chunk, coefficient, self._memories[chunk.index])
+        payload = self.encoded(chunk, coefficient)
         delta = codec.open(payload, chunk)
         header = Header(
             version=PACKET_VERSION,
@@ -311,7 +350,14 @@ class Exchange:
                     lost.setdefault(key[2], []).append(Packet.decode(body, self.terms))
         for index, packets in lost.items():
             self._absorb(self._chunks[index], sorted(packets, key=lambda packet: packet.seq))
-        return sum(len(packets) for packets in lost.values())
+        given = self.pledges.recover()
+        for packet in given:
+            self._change(self._chunks[packet.chunk], partial(self._pay_lost, packet))
+        return sum(len(packets) for packets in lost.values()) + len(given)
+
+    def _pay_lost(self, contribution: Packet) -> bool:
+        self._pay_pledges(self._chunks[contribution.chunk], [contribution])
+        return True
 
     def load_chunks(self, chunks: Mapping[int, bytes]) -> list[int]:
         """Replace chunks of B by a donor's snapshot chunks; d, and so private work, is kept: W = new B + d.
@@ -326,6 +372,7 @@ class Exchange:
 
             def load(chunk: Chunk = chunk, data: bytes = data) -> bool:
                 self.replica.load_chunk(chunk.index, data)
+                self._pay_pledges(chunk, self.pledges.close(chunk.index))  # whether it contains them, nobody can tell
                 if not self._settle(chunk):
                     dropped.append(chunk.index)
                 return True
