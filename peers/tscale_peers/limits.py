@@ -44,6 +44,15 @@ topk_bounds = (1, 2048)
 rice_max_parameter = 11
 """Rice parameters above it are never shortest for gaps below 4096."""
 
+# -- codec_lowrank.py --------------------------------------------------------------------------------------------------
+
+lowrank_default = 8
+"""Directions: with the 64 largest of 4096 that go along, 0.03 bytes per parameter of chunks [800, 1280]."""
+lowrank_bounds = (1, 128)
+"""Directions that a name may ask for: the most that `tscale_kernels.delta_lowrank` adds up exactly."""
+lowrank_first_iterations = 2
+"""Subspace iterations before the first publication of a stream, or after the memory was lost; later ones go on from the last."""
+
 # -- delta_log.py ------------------------------------------------------------------------------------------------------
 
 log_segment_bytes = 64 << 20
@@ -266,3 +275,9 @@ known_authors = 1024
 """Authors remembered per chunk: four times as many as a record book has peers."""
 spacing_weight = 0.1
 """Weight of the newest in the average time between two contributions."""
+
+# -- summing.py --------------------------------------------------------------------------------------------------------
+
+sum_lag = 10
+"""Sums of one chunk may be so many numbers behind those of another: half of what logs keep."""
+refusals_kept = 64
