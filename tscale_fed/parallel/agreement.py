@@ -33,8 +33,8 @@ def agree(group: Group, facts: Mapping[str, Any], topic: str = "run") -> None:
         if different:
             name = different[0]
             values = f"{_short(said[rank].get(name))} there, {_short(said[0].get(name))} on rank 0"
-            detail = f"rank {rank} has another {' and another '.join(different)} ({values}): give every host the same run file, text and program"
-            raise Refused("parallel-differs", detail)
+            what = f"rank {rank} has another {' and another '.join(different)} ({values})"
+            raise Refused("parallel-differs", f"{what}: give every host the same run file, text and program")
 
 
 def _short(value: Any) -> str:

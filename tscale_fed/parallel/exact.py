@@ -31,8 +31,8 @@ class GradientExchange(Protocol):
         ...
 
     def finish(self) -> Tensor | None:
-        """All parts are exchanged for whatever the current stream does next. The mean squares to normalise by, fp32 [moments], or None: they
-        are those of the gradient itself."""
+        """All parts are exchanged for whatever the current stream does next. Returns the mean squares to normalise by, fp32 [moments], or
+        None: they are those of the gradient itself."""
         ...
 
     def even_out(self) -> Tensor | None:

@@ -62,8 +62,8 @@ class Group:
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             first = str(error).splitlines()[0][:160]
-            detail = f"rank {world.rank}: the {world.size} processes did not all meet at {place} ({first}): start the same command on every host"
-            raise Refused("no-rendezvous", detail) from error
+            what = f"rank {world.rank}: the {world.size} processes did not all meet at {place} ({first})"
+            raise Refused("no-rendezvous", f"{what}: start the same command on every host") from error
         return Group(world, device, store, stop_asked)
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Group:
     def gather(self, received: Tensor, sent: Tensor) -> None:
         """`received` gets `sent` of every rank, in order of ranks. 1-dimensional."""
         with _lost_is_refused():
-            dist.all_gather_into_tensor(received, sent)
+            _gather(received, sent)
 
     def copy_leader(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, in place."""
@@ -123,6 +123,12 @@ class Group:
                 raise _lost(f"nothing arrived for {waited:.0f} s")
 
 
+def _gather(received: Tensor, sent: Tensor) -> None:
+    """torch has renamed it: 2.13 warns about the older name, 2.11 has no other."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(received, sent)
+
+
 @contextmanager
 def _lost_is_refused() -> Iterator[None]:
     try:
@@ -135,5 +141,5 @@ def _lost_is_refused() -> Iterator[None]:
 
 
 def _lost(why: str) -> Refused:
-    detail = f"another process of this run has ended or cannot be reached ({why}): start the same command again to go on from the last checkpoint"
-    return Refused("rank-lost", detail)
+    what = f"another process of this run has ended or cannot be reached ({why})"
+    return Refused("rank-lost", f"{what}: start the same command again to go on from the last checkpoint")

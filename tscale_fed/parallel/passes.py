@@ -1,8 +1,8 @@
-"""Micro-batches of the engine with an exchange: the last one of a step runs in stages, and each part of the gradient leaves when it is there.
+"""Micro-batches of the engine with an exchange: the last one of a step runs in stages; each part of the gradient leaves when it is there.
 
-A stage group is captured as one CUDA graph: forward and final layer, then the layers of every part, the embedding. Between two of them the
-exchange of the part that is complete is enqueued beside (on another stream, which waits for it), so it runs while lower layers are computed.
-All other micro-batches of a step are one graph each, as without a group.
+The stages of a part are captured as one CUDA graph: forward and final layer, then the layers of every part, the embedding. Between two of
+them the exchange of the part that is complete is enqueued on another stream, so it runs while lower layers are computed. All other
+micro-batches of a step are one graph each, as without a group.
 """
 
 from __future__ import annotations
