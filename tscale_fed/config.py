@@ -117,6 +117,10 @@ class SwarmSection(Section, frozen=True):
     """Weights per packet at most: one bit each."""
     displacement_max_age_batches: AtLeast1 = 2000
     """A peer that comes back drops its unpublished work if the swarm has done more batches than this since."""
+    average_window_s: Annotated[float, Meta(gt=0.0)] = 3600.0
+    """The running average is the mean of the basepoint over windows of so many seconds, the same on all peers."""
+    average_cuts: Annotated[int, Meta(ge=1, le=1024)] = 8
+    """Basepoints in it."""
 
 
 class EvalSection(Section, frozen=True):
@@ -128,6 +132,8 @@ class EvalSection(Section, frozen=True):
     """Fragments that go through the device at once."""
     batches: Fragments = 4
     """Fixed batches per set (train and test)."""
+    average: Literal["auto", "on", "off"] = "auto"
+    """Keep the running average of the basepoint here: 16 bytes per weight of the machine's memory. "auto": if that is free."""
 
 
 class CheckpointSection(Section, frozen=True):

@@ -52,6 +52,8 @@ def create_run(config: RunConfig, data: TokenData, admin_key: bytes, created_uni
         rule=RuleSpec(config.swarm.share_scale, config.swarm.own_leak, config.swarm.momentum_keep),
         limits=RunLimits(displacement_max_age_batches=config.swarm.displacement_max_age_batches),
         admin_keys=[admin_key],
+        average_window_s=config.swarm.average_window_s,
+        average_cuts=config.swarm.average_cuts,
     ).check()
     replica = RunTerms.of(manifest).new_replica()
     replica.set_start(start_weights(config.recipe(), shape))
@@ -114,7 +116,7 @@ def check_same_data(manifest: RunManifest, config: RunConfig, data: TokenData) -
         raise _other_run("[data]")
 
 
-_SWARM_KEYS = ("codec", "codec_for", "chunk_params", "publish_every_steps", "budget_batches")
+_SWARM_KEYS = ("codec", "codec_for", "chunk_params", "publish_every_steps", "budget_batches", "average_window_s", "average_cuts")
 
 
 def _other_run(place: str) -> Refused:

@@ -16,9 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from tscale_fed.assembly import build_evaluator
+from tscale_fed.averaging import BestModel, saved_average
 from tscale_fed.control import Command
 from tscale_fed.data.serving import DataServer
-from tscale_fed.evaluate import Evaluation
 from tscale_fed.find_run import FoundRun
 from tscale_fed.ground import Ground
 from tscale_fed.limits import DONOR_STATE_S, LINGER_S, NEIGHBOURS_S, STATUS_INTERVAL_S
@@ -33,6 +33,7 @@ from tscale_net.transfer import BlobSource
 from tscale_peers import limits as swarm_limits
 from tscale_peers.donor import TRAINER_STATE, provide_from
 from tscale_peers.joining import fetch_snapshot, reload_when_needed
+from tscale_peers.measured import Measured
 
 State = tuple[int, dict[str, Tensor], dict[str, bytes], dict[str, Any]]
 """(own steps, tensors, blobs, facts) of a checkpoint."""
@@ -56,6 +57,10 @@ class PeerSession:
         threads = wished or default_threads(built.device.torch_device, beside_event_loop=True)
         self.training = TrainingThread(built.trainer, ground.clock, Priority(threads), self._meet)
         self._evaluator = build_evaluator(found.recipe, found.data, found.config.eval, built.device, ground.clock)
+        self.best = BestModel(ground.home, found.manifest.run_id.hex())
+        self._average_measured: int | None = None
+        """Window whose average was measured last."""
+        self._average_loss = math.nan
         self._welcomed = False
         self.returning: Returning | None = None
         self._neighbours: tuple[str, ...] = ()
@@ -235,13 +240,32 @@ class PeerSession:
     async def _evaluate(self) -> None:
         """Held-out loss of the basepoint, and how large the unpublished work is beside it, between two steps."""
 
-        def measure(_: Trainer) -> tuple[Evaluation, float]:
+        def measure(_: Trainer) -> tuple[float, float]:
             basepoint = self.built.replica.weights()
-            return self._evaluator.loss(basepoint), self.built.peer.meeting.displacement_norm() / max(float(basepoint.norm()), 1e-30)
+            self._offer(basepoint, loss := self._evaluator.loss(basepoint).loss, "basepoint")
+            self._measure_average()
+            return loss, self.built.peer.meeting.displacement_norm() / max(float(basepoint.norm()), 1e-30)
 
-        evaluation, self.displacement = await self.training.call(measure)
-        self.built.peer.swarm_loss = evaluation.loss
-        self.losses.add(self.built.trainer.steps, self.training.report.loss_average, evaluation.loss)
+        batches = self.built.peer.swarm_batches()
+        loss, self.displacement = await self.training.call(measure)
+        self.built.peer.measured = Measured(batches, loss, self._average_loss)
+        self.losses.add(self.built.trainer.steps, self.training.report.loss_average, loss)
+
+    def _measure_average(self) -> None:
+        """The running average too, once for each window."""
+        average = self.built.peer.meeting.average
+        if average is None or average.finished_window in (None, self._average_measured):
+            return
+        weights = average.weights()
+        assert weights is not None
+        self._average_measured, self._average_loss = average.finished_window, self._evaluator.loss(weights).loss
+        self._offer(weights, self._average_loss, "average")
+
+    def _offer(self, weights: Tensor, loss: float, what: str) -> None:
+        try:
+            self.best.offer(weights, loss, what, self.built.trainer.steps, self.built.peer.swarm_batches())
+        except Refused as refusal:
+            self.ground.console.warn(refusal.detail)
 
     async def _show_status(self) -> None:
         from tscale_fed.peer_status import status_of
@@ -276,14 +300,17 @@ class PeerSession:
         peer, trainer = self.built.peer, self.built.trainer
         with peer.meeting.exclusively():
             exchange = peer.meeting.exchange
+            sums, average_facts = saved_average(peer.meeting.average)
             tensors = {
                 **trainer.state_tensors(),
+                **sums,
                 "displacement": exchange.displacement().clone(),
                 "basepoint": self.built.replica.basepoint.clone(),
             }
             blobs = {"applied": self.built.replica.applied.encode(), "paid": exchange.paid.encode()}
             facts = {
                 **trainer.state_facts(),
+                **average_facts,
                 "run": self.found.manifest.run_id.hex(),
                 "swarm_batches": peer.swarm_batches(),
                 "unix": self.ground.clock.wall(),

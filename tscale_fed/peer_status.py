@@ -13,6 +13,7 @@ from tscale_fed.ground import reach_sentence
 from tscale_fed.status import EventLine, PeerRow, PeerState, Status, Transfer, Wire, finite, recent_states
 from tscale_fed.units import plain
 from tscale_net.ports import LinkInfo, PeerId
+from tscale_peers.measured import newest
 from tscale_peers.membership import State
 from tscale_peers.records import PeerRecord
 
@@ -33,6 +34,7 @@ def status_of(session: PeerSession) -> Status:
     compared = present & (agreement.agreeing.keys() | agreement.differing.keys())
     state = peer.state
     received = session.snapshot_progress
+    measured = newest(peer.measured, live)
     return Status(
         version=__version__,
         run=found.manifest.run_id.hex(),
@@ -51,7 +53,11 @@ def status_of(session: PeerSession) -> Status:
         swarm_batches=peer.swarm_batches(),
         budget_batches=found.manifest.budget_batches,
         train_loss=finite(report.loss_average),
-        swarm_loss=finite(peer.swarm_loss),
+        swarm_loss=finite(measured.loss),
+        swarm_loss_batches=measured.batches if measured.known else None,
+        swarm_loss_by=measured.by,
+        average_loss=finite(measured.average_loss),
+        best_loss=finite(session.best.loss),
         basepoint_hash=state[1].hex(),
         applied_digest=state[0].hex(),
         recent=recent_states(list(built.replica.recent)),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tscale_fed.assembly import build_trainer
+from tscale_fed.averaging import average_of, has_room
 from tscale_fed.checkpoint import Checkpoint, CheckpointStore
 from tscale_fed.device import Device
 from tscale_fed.find_run import FoundRun
@@ -49,6 +50,9 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     """Everything of the run on this machine. Raises Refused with one sentence for what does not fit."""
     run = RunTerms.of(found.manifest)
     replica = run.new_replica()
+    log = DeltaLog(ground.home.delta_log)
+    for remark in log.notices:
+        ground.console.warn(remark)
     store = CheckpointStore(ground.home.checkpoints, found.config.checkpoint.keep)
     checkpoint, remarks = store.latest()
     for remark in remarks:
@@ -71,19 +75,19 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     if checkpoint is not None:
         trainer.load_state(checkpoint.tensors, checkpoint.facts)
         saved = Saved(checkpoint.tensors["displacement"].clone(), checkpoint.blobs["paid"])
-    log = DeltaLog(ground.home.delta_log)
-    for remark in log.notices:
-        ground.console.warn(remark)
     empty = checkpoint is None and start is None
     arguments = ground.arguments
     remembered = () if arguments.solo else known_neighbours(ground.home)
     settings = PeerSettings(
         ground.name, arguments.role, tuple(arguments.bootstrap), ground.addresses, remembered, max_upload_bytes_s=arguments.max_upload
     )
+    wish = found.config.eval.average
+    average = average_of(run, replica, log, checkpoint) if wish == "on" or (wish == "auto" and has_room(replica.layout.size)) else None
     peer = assemble(
         run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
         stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,
     )  # fmt: skip
+    peer.meeting.average = average
     _settle_after_crash(ground, peer, trainer, checkpoint)
     peer.meeting.resume_at(progress_of(trainer, trained=False))
     return Built(device, trainer, replica, peer, log, store, checkpoint, empty)

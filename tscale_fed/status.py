@@ -109,7 +109,15 @@ class Status(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     budget_batches: int | None = None
     train_loss: float | None = None
     swarm_loss: float | None = None
-    """Held-out loss of the basepoint, nats per token."""
+    """Held-out loss of the basepoint, nats per token: the newest that anybody measured."""
+    swarm_loss_batches: int | None = None
+    """Batches of the swarm in the basepoint that was measured."""
+    swarm_loss_by: str = ""
+    """Who measured it; empty: this peer."""
+    average_loss: float | None = None
+    """The same of the running average of the basepoint."""
+    best_loss: float | None = None
+    """Lowest that this peer measured; those weights lie in its home under `best`."""
     basepoint_hash: str = ""
     applied_digest: str = ""
     recent: list[RecentState] = []

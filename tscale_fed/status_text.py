@@ -151,6 +151,8 @@ def swarm_parts(status: Status) -> list[str]:
     if status.swarm_tokens_per_s is not None:
         parts.append(f"{count_text(status.swarm_tokens_per_s)} tok/s")
     parts.append(f"model {short_hex(status.basepoint_hash)} {agreement_text(status)}")
+    if status.average_loss is not None:
+        parts.append(f"average {loss_text(status.average_loss)}")
     if status.swarm_batches is not None and status.budget_batches:
         parts.append(f"{percent_text(status.swarm_batches / status.budget_batches)} of {count_text(status.budget_batches)} batches")
     return parts

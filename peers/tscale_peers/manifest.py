@@ -15,6 +15,7 @@ import msgspec
 
 from tscale_net.errors import Refused
 from tscale_net.limits import BULK_BODY_BYTES
+from tscale_peers import limits as room_limits
 from tscale_peers.codec import codec_fault, codec_named
 from tscale_peers.layout import TENSOR_CLASSES, Layout, TensorSpec
 from tscale_peers.packet import Terms
@@ -36,11 +37,18 @@ MAX_NAME_CHARACTERS = 64
 MAX_TENSOR_NAME_CHARACTERS = 200
 MAX_TRAINER_SECTIONS = 64
 MAX_ADMIN_KEYS = 64
+MAX_AVERAGE_WINDOW_S = 30 * 86400.0
+MAX_AVERAGE_CUTS = 1024
+"""Sums of so many basepoints fit 64 bits a billion times over; more cuts only cost time."""
 MAX_COUNT = 1 << 53
 """Batches and steps: exact in JSON."""
 
 
-_LATER_FIELDS: dict[str, Any] = {"codec_for": {}}
+_LATER_FIELDS: dict[str, Any] = {
+    "codec_for": {},
+    "average_window_s": room_limits.average_window_s,
+    "average_cuts": room_limits.average_cuts,
+}
 """Fields younger than the first manifests, with their defaults: left out of the bytes where they have them, so that a run made before
 keeps its id, and an older program refuses only runs that use them."""
 
@@ -88,6 +96,10 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ed25519 keys that may sign tombstones and certificates; never implied by being a seed."""
     codec_for: dict[str, str] = {}
     """Codecs by tensor class, where they differ from `codec`: names of layout.TENSOR_CLASSES to names of codecs."""
+    average_window_s: float = room_limits.average_window_s
+    """Time of one running average of the basepoint (average.py)."""
+    average_cuts: int = room_limits.average_cuts
+    """Basepoints in one average."""
     version: int = MANIFEST_VERSION
 
     def encode(self) -> bytes:
@@ -174,6 +186,8 @@ def _faults(m: RunManifest) -> list[tuple[bool, str]]:
         (not math.isfinite(m.created_unix), "created_unix must be a number"),
         (not 1 <= m.publish_every_steps <= MAX_COUNT, "publish_every_steps must be at least 1"),
         (not 1 <= m.budget_batches <= MAX_COUNT, "budget_batches must be at least 1"),
+        (not _within(m.average_window_s, 0.0, MAX_AVERAGE_WINDOW_S), f"average_window_s must lie in (0, {MAX_AVERAGE_WINDOW_S:.0f}]"),
+        (not 1 <= m.average_cuts <= MAX_AVERAGE_CUTS, f"average_cuts must lie in 1..{MAX_AVERAGE_CUTS}"),
         (not _within(m.rule.share_scale, 0.0, 1.0), "rule.share_scale must lie in (0, 1]: above it the swarm diverges"),
         (not _within(m.limits.max_coefficient, 0.0, 1.0), "limits.max_coefficient must lie in (0, 1]: no author leaks more than all"),
         (not 1 <= m.limits.max_streams <= 1 << 16, "limits.max_streams must lie in 1..65536"),

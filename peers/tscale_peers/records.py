@@ -50,6 +50,12 @@ class PeerRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     leaving: bool
     down_bytes_per_s: float = 0.0
     """What its connection receives at most, as far as it knows; 0: it knows no bound."""
+    eval_batches: int = 0
+    """Batches in the basepoint that it measured last on the run's fixed held-out text; 0: none yet."""
+    eval_loss: float = math.nan
+    """Loss of that basepoint, nats per token."""
+    average_loss: float = math.nan
+    """The same of its newest running average."""
 
     @property
     def peer(self) -> PeerId:
@@ -106,7 +112,7 @@ def open_sealed(data: bytes, run: bytes, verify: Verify) -> PeerRecord:
 
 
 def _plausible(r: PeerRecord) -> bool:
-    counts = (r.incarnation, r.seq, r.step, r.batches, r.tokens)
+    counts = (r.incarnation, r.seq, r.step, r.batches, r.tokens, r.eval_batches)
     return (
         len(r.public_key) == 32
         and len(r.digest) in (0, 32)
