@@ -22,7 +22,8 @@ How ZmqTransport is made, from strangers to friends:
     token_bucket.py      upload limit, flood limit                              tasks.py    background tasks with an owner
 
 Blobs: blobs.py (chunks, hashes, root), transfer_server.py, transfer_client.py, assembly.py (a blob while it is received).
-Tests: memory_network.py and memory_transport.py (the twin of ZmqTransport), virtual_time.py, conformance.py.
+Tests and simulations: memory_network.py, memory_link.py, memory_transport.py (the twin of ZmqTransport), virtual_time.py, stall.py,
+conformance.py.
 
 The way of a message: Transport.send -> link queue -> writer -> wire -> (encrypted TCP) -> route or reader -> wire -> link -> EventQueue ->
 next_event.

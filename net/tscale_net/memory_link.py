@@ -144,6 +144,7 @@ class Pipe:
         link, network, size = self._link, self._link.network, limits.HEADER_BYTES + len(body)
         now_s = network.clock.now()
         self.bytes += size
+        self._sender.sent_bytes += size
         left_s = self._leaves(len(body), size, now_s)
         arrival_s = left_s + link.latency_s + network.jitter_s * network.rng.random()
         if link.loss and self._channel is Channel.CONTROL and network.rng.random() < link.loss:
@@ -187,6 +188,8 @@ class Pipe:
         while self._due and receiver.holds(link):
             self._due -= 1
             kind, body = self._queue.popleft()
-            self.delivered_bytes += limits.HEADER_BYTES + len(body)
+            size = limits.HEADER_BYTES + len(body)
+            self.delivered_bytes += size
+            receiver.received_bytes += size
             link.network.messages += 1
             receiver.deliver(Frame(self._sender.peer_id, kind, body, self._channel))

@@ -19,6 +19,7 @@ from tscale_net.identity import Identity
 from tscale_net.memory_link import Line, MemoryLink
 from tscale_net.memory_transport import MemoryTransport
 from tscale_net.ports import Clock, PeerId, Rng
+from tscale_net.stall import Stall
 
 
 class MemoryNetwork:
@@ -62,12 +63,15 @@ class MemoryNetwork:
         listens: bool = True,
         max_upload_bytes_s: float | None = None,
         line: Line | None = None,
+        stall: Stall | None = None,
     ) -> MemoryTransport:
         """A peer on this network. The same identity keeps its address when it is made again after `kill` or `close`. `line`: its way to
-        the internet, if not the network's usual one."""
+        the internet, if not the network's usual one; `stall`: it can stand still."""
         host = self._hosts.setdefault(identity.peer_id, self._new_host())
         line = line or Line(up_bytes_s=self.bandwidth_bytes_s)
-        return MemoryTransport(self, identity, host, name=name, run=run, listens=listens, upload_bytes_s=max_upload_bytes_s, line=line)
+        return MemoryTransport(
+            self, identity, host, name=name, run=run, listens=listens, upload_bytes_s=max_upload_bytes_s, line=line, stall=stall
+        )
 
     def _new_host(self) -> str:
         number = len(self._hosts) + 1

@@ -18,6 +18,7 @@ from tscale_net.events import EventQueue
 from tscale_net.frames import check_outgoing
 from tscale_net.identity import Identity
 from tscale_net.ports import Channel, Event, Frame, LinkDown, LinkInfo, LinkUp, PeerId
+from tscale_net.stall import Stall
 from tscale_net.token_bucket import TokenBucket
 
 if TYPE_CHECKING:
@@ -39,10 +40,15 @@ class MemoryTransport:
         listens: bool,
         upload_bytes_s: float | None,
         line: Line,
+        stall: Stall | None,
     ) -> None:
         self.identity = identity
         self.peer_id = identity.peer_id
         self.line = line
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        """Of all links, those that are gone included."""
+        self._stall = stall
         self.host = host
         self.host_port = f"{host}:{limits.DEFAULT_PORT}"
         self.name = name
@@ -147,7 +153,10 @@ class MemoryTransport:
 
     async def next_event(self) -> Event:
         """See Transport.next_event. Raises Refused("closed") when the transport is closed and all events were read."""
-        return await self._queue.get()
+        event = await self._queue.get()
+        if self._stall is not None:
+            await self._stall.over()
+        return event
 
     def links(self) -> Sequence[LinkInfo]:
         """See Transport.links."""
