@@ -89,30 +89,50 @@ def _passes(matrix: Tensor) -> list[tuple[int, int]]:
 # -- encoding (plain torch on every device: thin matrix products that torch's library does at the speed of memory) -----------------------
 
 
+def refine(displacement: Tensor, warm: Tensor) -> None:
+    """One subspace iteration without factors, in place: a start that knows nothing of the displacement wants one or two before `encode`.
+
+    displacement: fp32 or fp64 [R, C], contiguous. warm: fp32 [C, r]; unchanged if the displacement is zero or not finite.
+    """
+    d = displacement.float()
+    found = d.T @ _orthonormal(_unit_peak(d @ warm))
+    peak = _peak(found)
+    warm.copy_(torch.where((peak > 0) & torch.isfinite(peak), _unit_peak(found), warm))
+
+
 def encode(displacement: Tensor, coefficient: float, unit_exponent: int, warm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factors of one matrix.
 
     displacement: fp32 or fp64 [R, C], contiguous, any device. coefficient: > 0. warm: fp32 [C, r] from `start`, updated in place.
     Returns p int8 [R, r], q int8 [C, r], exponent int32 [1]. Raises ValueError if a value is not finite.
     """
+    p, q, exponent = encode_unchecked(displacement, coefficient, unit_exponent, warm)
+    if int(exponent) < limits.lowrank_min_exponent:
+        raise ValueError("the displacement holds NaN or infinite values")
+    return p, q, exponent
+
+
+def encode_unchecked(displacement: Tensor, coefficient: float, unit_exponent: int, warm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`encode` without waiting for the device: of a displacement that is not finite the exponent is below the least, for the caller to find
+    later; `warm` stays as it was then."""
     d = displacement.float()
     projected = d @ warm
-    if not bool(torch.isfinite(_peak(projected))):
-        raise ValueError("the displacement holds NaN or infinite values")
     p = _rounded(_orthonormal(_unit_peak(projected)))
     products = d.T @ p
     gram = p.T @ p
-    q_exact = torch.linalg.solve_triangular(_cholesky(gram), products.T, upper=False)
-    q_exact = torch.linalg.solve_triangular(_cholesky(gram).T, q_exact, upper=True).T
+    q_exact = torch.cholesky_solve(products.T, _cholesky(gram)).T
     scale = coefficient * 2.0**-unit_exponent
     q, exponent = _second_factor(q_exact, scale)
     unit = torch.exp2(exponent.float()) / scale
     shrinks = 2.0 * (products * q).sum() > unit * (gram * (q.T @ q)).sum()
-    keep = (shrinks & (q != 0).any()).float()
-    fresh = _orthonormal(_unit_peak(q_exact))
+    finite = torch.isfinite(_peak(projected))
+    keep = shrinks & (q != 0).any() & finite
     # A direction that the displacement lacked has been lost; a little of the start brings every one of them back.
-    warm.copy_(torch.where(_peak(q_exact) > 0, fresh + limits.lowrank_fresh * start(warm.shape[0], warm.shape[1], warm.device), warm))
-    return (p * keep).to(torch.int8), (q * keep).to(torch.int8), (exponent * keep).to(torch.int32).reshape(1)
+    fresh = _orthonormal(_unit_peak(q_exact)) + limits.lowrank_fresh * start(warm.shape[0], warm.shape[1], warm.device)
+    warm.copy_(torch.where((_peak(q_exact) > 0) & finite, fresh, warm))
+    none = torch.zeros((), device=d.device)
+    exponent = torch.where(finite, torch.where(keep, exponent, none), none + (limits.lowrank_min_exponent - 1))
+    return torch.where(keep, p, none).to(torch.int8), torch.where(keep, q, none).to(torch.int8), exponent.to(torch.int32).reshape(1)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from tscale_peers import limits
 from tscale_peers.codec_contract import Codec, CodecMemory, Delta
 from tscale_peers.codec_exact import ExactCodec
 from tscale_peers.codec_grid import INT4, INT8, GridCodec
+from tscale_peers.codec_lowrank import LowRankCodec
 from tscale_peers.codec_sign import SignCodec
 from tscale_peers.codec_topk import TopkCodec
 from tscale_peers.errors import refuse
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "topk-2bit": Family(lambda name, k: TopkCodec(name, k, two_sizes=True), limits.topk_default, limits.topk_bounds, "K"),
     "int4": Family(lambda name, _: GridCodec(name, INT4)),
     "int8": Family(lambda name, _: GridCodec(name, INT8)),
+    "lowrank": Family(LowRankCodec, limits.lowrank_default, limits.lowrank_bounds, "R"),
 }
 
 

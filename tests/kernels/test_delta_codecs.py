@@ -323,6 +323,25 @@ def test_lowrank_warm_start_converges_to_the_best_subspace() -> None:
     assert errors[-1] < errors[0] and errors[-1] < 1.02 * best
 
 
+def test_lowrank_refined_start_saves_publications_and_nothing_else_moves_it() -> None:
+    generator = torch.Generator().manual_seed(6)
+    d = (torch.randn(64, 160, generator=generator) * 0.9 ** torch.arange(160)) @ torch.randn(160, 160, generator=generator) * 1e-3
+    warm = delta_lowrank.start(160, 8)
+
+    def left(start: Tensor) -> float:
+        units = torch.zeros(d.shape, dtype=torch.int32)
+        delta_lowrank.apply(units, *delta_lowrank.encode(d, 1.0, UNIT_EXPONENT, start.clone()))
+        return float((d - units * UNIT).norm())
+
+    before = left(warm)
+    for nothing in (torch.zeros_like(d), d * float("nan")):
+        kept = warm.clone()
+        delta_lowrank.refine(nothing, kept)
+        assert_same_bits("warm", kept, warm)
+    delta_lowrank.refine(d, warm)
+    assert left(warm) < 0.97 * before
+
+
 def test_lowrank_directions_come_back_after_a_zero_and_after_a_displacement_of_rank_one() -> None:
     warm = delta_lowrank.start(64, 4)
     delta_lowrank.encode(torch.zeros(32, 64), 1.0, UNIT_EXPONENT, warm)
