@@ -16,6 +16,7 @@ exponents too.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,8 +90,11 @@ def _encode_rows(values: Tensor, scale: float, k: int) -> tuple[Tensor, Tensor]:
     length = values.shape[1]
     bits = values.contiguous().view(torch.int32) & 0x7FFFFFFF
     # One number holds magnitude and place, so that equal magnitudes have an order: the first place is the largest.
-    place = torch.arange(length - 1, -1, -1, device=values.device, dtype=torch.int64)
-    best = ((bits.to(torch.int64) << 12) | place).topk(k, dim=1, sorted=False).values
+    if values.device.type == "cpu" and length == _LENGTH and _groups(k) < length:
+        keys = _few_keys(bits, k)
+    else:
+        keys = (bits.to(torch.int64) << 12) | torch.arange(length - 1, -1, -1, device=values.device, dtype=torch.int64)
+    best = keys.topk(k, dim=1, sorted=False).values
     position = (length - 1 - (best & (_LENGTH - 1))).sort(dim=1).values
     chosen = values.gather(1, position)
     units = (chosen.abs() * scale).clamp(max=float(limits.max_step)).round()
@@ -101,6 +105,27 @@ def _encode_rows(values: Tensor, scale: float, k: int) -> tuple[Tensor, Tensor]:
     exponent = torch.where(chosen.ne(0).any(dim=1), exponent, -torch.ones_like(exponent))
     exponent = torch.where(finite, exponent, torch.full_like(exponent, -2))
     return (position << 1 | (chosen < 0)).to(torch.int16), exponent.to(torch.int8)
+
+
+def _groups(k: int) -> int:
+    """Groups of a stretch from whose maxima a bound is taken: a power of two, at least four times k."""
+    return 1 << (4 * k - 1).bit_length()
+
+
+def _few_keys(bits: Tensor, k: int) -> Tensor:
+    """int64 [n, at least k]: magnitude and place of all values that may be among the k largest of their row, filled up with -1.
+
+    The k-th largest maximum of the groups is a bound that k values reach; of Gaussian values hardly more than k do. On one core, k = 64,
+    this takes 2 ns per value, where a search among all keys takes 12.
+    """
+    bound = bits.view(len(bits), -1, _groups(k)).amax(dim=1).topk(k, dim=1, sorted=False).values.amin(dim=1)
+    found = torch.from_numpy(np.flatnonzero((bits >= bound[:, None]).numpy()))
+    row = found // _LENGTH
+    counts = torch.bincount(row, minlength=len(bits))
+    slot = torch.arange(len(found)) - (counts.cumsum(0) - counts)[row]
+    keys = torch.full((len(bits), int(counts.max())), -1, dtype=torch.int64)
+    keys[row, slot] = (bits.view(-1)[found].to(torch.int64) << 12) | (_LENGTH - 1 - found % _LENGTH)
+    return keys
 
 
 def _amounts(exponents: Tensor) -> Tensor:
