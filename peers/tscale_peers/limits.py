@@ -64,6 +64,14 @@ log_default_retain = 20
 
 # -- exchange.py -------------------------------------------------------------------------------------------------------
 
+span_values = 1 << 24
+"""Consecutive chunks that a GPU handles together: few launches, 64 MB of scratch memory. On a processor one chunk, which its cache holds."""
+draft_slices = 8
+"""A publication of a large model is captured at so many meetings: the buffer beside the weights is an eighth of their size."""
+draft_slice_values = 1 << 24
+"""At least so many values at each: smaller models at one meeting."""
+packets_in_use = 4096
+"""Applied packets whose uploaded tensors are held before somebody waits for the device."""
 grid_displacement_units = 1 << 24
 """With the displacement on the grid, |d| is held to this many units, up to which fp32 counts exactly; the rest stays in the weights."""
 

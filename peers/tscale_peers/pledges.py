@@ -107,8 +107,16 @@ class Pledges:
 
     def open_to(self, chunk: int) -> list[Packet]:
         """Contributions to a chunk that d still holds and that must not be encoded again."""
+        return self.read(chunk, self.open_numbers(chunk))
+
+    def open_numbers(self, chunk: int) -> list[int]:
+        """Their numbers."""
         given = self._given.get(chunk)
-        return self._read(chunk, given.open) if given else []
+        return list(given.open) if given else []
+
+    def read(self, chunk: int, numbers: Sequence[int]) -> list[Packet]:
+        """Own contributions by number, on any thread; those that the log still has."""
+        return self._read(chunk, numbers)
 
     # -- what becomes of it --------------------------------------------------------------------------------------------
 
