@@ -19,7 +19,7 @@ class Interrupts:
     """A context manager for the main thread of a program without an event loop; the earlier handlers come back at its end."""
 
     def __init__(self, answer: str) -> None:
-        """`answer` tells the user at once what the first signal brought about."""
+        """`answer` tells the user at once what the first signal brought about; empty for a process that another one speaks for."""
         self.stop = False
         """True after the first signal: finish what you are doing, then end."""
         self._answer = answer
@@ -39,4 +39,5 @@ class Interrupts:
             raise KeyboardInterrupt
         self.stop = True
         # Straight to the descriptor: the interrupted code may hold the lock of a stream or console, and would wait for itself.
-        os.write(STDERR_DESCRIPTOR, f"{self._answer}\n".encode())
+        if self._answer:
+            os.write(STDERR_DESCRIPTOR, f"{self._answer}\n".encode())

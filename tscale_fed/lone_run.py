@@ -1,17 +1,21 @@
 """A run without a swarm: steps, progress lines, evaluations, checkpoints, until the last step or until it is asked to stop.
 
-Enters: a trainer at step 0, an evaluator, the checkpoints of an earlier session. Leaves: checkpoints, and lines for people.
+Enters: a trainer at step 0, an evaluator, the checkpoints of an earlier session; the other processes of the run, if there are any. Leaves:
+checkpoints, and lines for people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from tscale_fed.checkpoint import Checkpoint, CheckpointStore
 from tscale_fed.config import RunConfig
 from tscale_fed.console import Console, RateMeter
 from tscale_fed.evaluate import Evaluator
+from tscale_fed.parallel.team import Alone, Decision, Team
 from tscale_fed.trainer import StepReport, Trainer
 from tscale_fed.units import count_text, duration_text
 from tscale_net.errors import Refused
@@ -37,7 +41,9 @@ class LoneRun:
         console: Console,
         clock: Clock,
         until_step: int,
+        team: Team | None = None,
     ) -> None:
+        """`team`: the processes that make every step together; all of them have a LoneRun."""
         self._config = config
         self._trainer = trainer
         self._evaluator = evaluator
@@ -45,6 +51,7 @@ class LoneRun:
         self._console = console
         self._clock = clock
         self._until_step = until_step
+        self._team = team or Alone()
         self._steps_rate = RateMeter(RATE_WINDOW_S)
         self._tokens_rate = RateMeter(RATE_WINDOW_S)
         self._saved_at_step = -1
@@ -52,23 +59,31 @@ class LoneRun:
     def run(self, stop: Callable[[], bool]) -> None:
         """Resume if there is something to resume, then step until the last step or until `stop()`; then evaluate and save.
 
-        A periodic checkpoint that cannot be written is a warning, the last one an error. Raises Refused; KeyboardInterrupt passes through.
+        A periodic checkpoint that cannot be written is a warning, the last one an error. If another process of the team is lost, the state
+        before the broken step is saved. Raises Refused; KeyboardInterrupt passes through.
         """
         self._resume()
         if self._trainer.steps >= self._until_step:
             self._console.say(f"already at step {self._trainer.steps}: nothing to do; a larger --steps or budget_batches goes on from here")
             return
-        self._evaluate()
-        self._loop(stop)
-        if not stop():
+        try:
             self._evaluate()
-        self._save()
+            if not self._loop(stop):
+                self._evaluate()
+            held_back = self._team.held_back()
+        except Refused as refused:
+            if refused.code == "rank-lost":
+                self._save_what_is_left()
+            raise
+        self._save(held_back)
 
-    def _loop(self, stop: Callable[[], bool]) -> None:
+    def _loop(self, stop: Callable[[], bool]) -> bool:
+        """Until the last step (False), or a stop (True)."""
         next_line_s = self._clock.now()
         next_eval_s = self._later(self._config.eval.every_s)
         next_save_s = self._later(self._config.checkpoint.every_s)
-        while not stop() and self._trainer.steps < self._until_step:
+        stopped = self._team.agree(Decision(stop(), False, False), self._trainer).stop
+        while not stopped and self._trainer.steps < self._until_step:
             report = self._trainer.step()
             now = self._clock.now()
             self._steps_rate.add(now, self._trainer.steps)
@@ -77,12 +92,16 @@ class LoneRun:
             if now >= next_line_s or last:
                 self._console.say(self._progress_line(report))
                 next_line_s = now + PROGRESS_INTERVAL_S
-            if now >= next_eval_s and not last:
+            wish = Decision(stop(), now >= next_eval_s and not last, now >= next_save_s and not last)
+            stopped, evaluate, save = self._team.agree(wish, self._trainer)
+            if evaluate:
                 self._evaluate()
                 next_eval_s = self._later(self._config.eval.every_s)
-            if now >= next_save_s and not last:
-                self._save_or_warn()
+            if save:
+                self._save_or_warn(self._team.held_back())
+                self._team.regroup()
                 next_save_s = self._later(self._config.checkpoint.every_s)
+        return stopped
 
     def _later(self, interval_s: float) -> float:
         return self._clock.now() + interval_s if interval_s else float("inf")
@@ -103,18 +122,24 @@ class LoneRun:
             f"at step {self._trainer.steps}"
         )
 
-    def _save_or_warn(self) -> None:
+    def _save_or_warn(self, held_back: Mapping[str, Tensor]) -> None:
         try:
-            self._save()
+            self._save(held_back)
         except Refused as refused:
             self._console.warn(f"{refused.detail}; training goes on and tries again later")
 
-    def _save(self) -> None:
-        if self._saved_at_step == self._trainer.steps:
+    def _save(self, held_back: Mapping[str, Tensor]) -> None:
+        """The leader writes; `held_back` belongs to the team."""
+        if self._saved_at_step == self._trainer.steps or not self._team.leader:
             return
-        path = self._store.save(self._trainer.steps, self._trainer.state_tensors(), {}, self._facts())
+        path = self._store.save(self._trainer.steps, {**self._trainer.state_tensors(), **held_back}, {}, self._facts())
         self._saved_at_step = self._trainer.steps
         self._console.say(f"saved {path}")
+
+    def _save_what_is_left(self) -> None:
+        """After a lost process: the last whole step, on a stream that does not wait for the one that will never come."""
+        with self._trainer.beside_broken_step():
+            self._save_or_warn({})
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -126,15 +151,20 @@ class LoneRun:
         }
 
     def _resume(self) -> None:
+        found = self._load() if self._team.leader else None
+        self._team.spread(self._trainer, {} if found is None else found.tensors)
+
+    def _load(self) -> Checkpoint | None:
         found, notes = self._store.latest()
         for note in notes:
             self._console.warn(note)
         if found is None:
-            return
+            return None
         self._refuse_other_run(found)
         self._trainer.load_state(found.tensors, found.facts["trainer"])
         self._saved_at_step = self._trainer.steps
         self._console.say(f"going on from {found.path.name}, step {self._trainer.steps}")
+        return found
 
     def _refuse_other_run(self, found: Checkpoint) -> None:
         """The model, the seed and the data must be those of the checkpoint; a changed batch or optimizer is taken and said."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,11 +170,19 @@ class Trainer:
             self.optimizer.load_state_dict(tensors)
         except (KeyError, ValueError) as error:
             raise Refused("wrong-checkpoint", f"the checkpoint belongs to another model ({error}): use another --home") from None
+        self.load_facts(facts)
+
+    def load_facts(self, facts: Mapping[str, Any]) -> None:
+        """Restore what `state_facts` gave."""
         self.steps, self.tokens = facts["steps"], facts["tokens"]
         self.loss_average = math.nan if facts["loss_average"] is None else facts["loss_average"]
         self._averaged_steps = facts["averaged_steps"]
         self.joined_at_step = facts["joined_at_step"]
         self._told_batches, self._told_at_step = facts["told_batches"], facts["told_at_step"]
+
+    def beside_broken_step(self) -> AbstractContextManager[object]:
+        """Inside, the state can be read although the step under way will never end: weights are changed at the end of a step alone."""
+        return torch.cuda.stream(torch.cuda.Stream(self.weights.device)) if self.weights.is_cuda else nullcontext()
 
     def donor_state(self) -> bytes:
         """What a joiner adopts besides the weights: second moments and the optimizer's step count."""

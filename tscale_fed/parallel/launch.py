@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ LAUNCHER = "TSCALE_LAUNCHER"
 """Process id of the launcher, in the environment of its processes: they end when it is gone."""
 EXIT_LOST = 3
 """A process that ended because another one was lost: it has nothing of its own to tell."""
+STOP_ANSWER = "finishing the step and saving; Ctrl+C again stops now"
 LOOPBACK = "127.0.0.1"
 
 
@@ -52,6 +54,8 @@ class Launcher:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._signals: list[int] = []
         """Received and not yet passed on."""
+        self._asked = False
+        """Whether the processes have been asked to end: a second time would mean at once, without saving."""
 
     def run(self) -> tuple[int, str | None]:
         """(exit code, sentence for people or None). No process outlives it."""
@@ -84,8 +88,8 @@ class Launcher:
             codes = [process.poll() for process in self._processes]
             if first is None:
                 first = next((rank for rank, code in enumerate(codes) if code not in (None, 0, EXIT_LOST)), None)
-                if first is not None:
-                    self._signal(signal.SIGTERM)
+                if first is not None and not self._asked:
+                    self._ask(signal.SIGTERM)
             if end_s is None and any(code is not None for code in codes):
                 end_s = time.monotonic() + limits.END_S
             if end_s is not None and time.monotonic() > end_s:
@@ -114,9 +118,12 @@ class Launcher:
 
     def _pass_on(self) -> None:
         while self._signals:
-            self._signal(self._signals.pop(0))
+            if not self._asked:
+                print(STOP_ANSWER, file=sys.stderr, flush=True)
+            self._ask(self._signals.pop(0))
 
-    def _signal(self, number: int) -> None:
+    def _ask(self, number: int) -> None:
+        self._asked = True
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
