@@ -95,7 +95,7 @@ def refine(displacement: Tensor, warm: Tensor) -> None:
     displacement: fp32 or fp64 [R, C], contiguous. warm: fp32 [C, r]; unchanged if the displacement is zero or not finite.
     """
     d = displacement.float()
-    found = d.T @ _orthonormal(_unit_peak(d @ warm))
+    found = (_orthonormal(_unit_peak(_projected(d, warm))).T @ d).T
     peak = _peak(found)
     warm.copy_(torch.where((peak > 0) & torch.isfinite(peak), _unit_peak(found), warm))
 
@@ -116,15 +116,15 @@ def encode_unchecked(displacement: Tensor, coefficient: float, unit_exponent: in
     """`encode` without waiting for the device: of a displacement that is not finite the exponent is below the least, for the caller to find
     later; `warm` stays as it was then."""
     d = displacement.float()
-    projected = d @ warm
+    projected = _projected(d, warm)
     p = _rounded(_orthonormal(_unit_peak(projected)))
-    products = d.T @ p
+    products = p.T @ d
     gram = p.T @ p
-    q_exact = torch.cholesky_solve(products.T, _cholesky(gram)).T
+    q_exact = torch.cholesky_solve(products, _cholesky(gram)).T
     scale = coefficient * 2.0**-unit_exponent
     q, exponent = _second_factor(q_exact, scale)
     unit = torch.exp2(exponent.float()) / scale
-    shrinks = 2.0 * (products * q).sum() > unit * (gram * (q.T @ q)).sum()
+    shrinks = 2.0 * (products * q.T).sum() > unit * (gram * (q.T @ q)).sum()
     finite = torch.isfinite(_peak(projected))
     keep = shrinks & (q != 0).any() & finite
     # A direction that the displacement lacked has been lost; a little of the start brings every one of them back.
@@ -133,6 +133,11 @@ def encode_unchecked(displacement: Tensor, coefficient: float, unit_exponent: in
     none = torch.zeros((), device=d.device)
     exponent = torch.where(finite, torch.where(keep, exponent, none), none + (limits.lowrank_min_exponent - 1))
     return torch.where(keep, p, none).to(torch.int8), torch.where(keep, q, none).to(torch.int8), exponent.to(torch.int32).reshape(1)
+
+
+def _projected(d: Tensor, warm: Tensor) -> Tensor:
+    """d @ warm [R, r]: written with the long sides last, which torch's CPU library does in a quarter of the time."""
+    return (warm.T @ d.T).T
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
