@@ -1,13 +1,12 @@
 """Packets made of the displacement beside training: captured between two steps, encoded and signed on another thread during the next.
 
-Enters: the displacement, slice by slice; what to make of each chunk; how to keep what was made. Leaves: everything that was made, kept.
+Enters: the displacement, slice by slice; what to make of each chunk; how to keep what was made. Leaves: everything that was made and kept.
     between two steps   `advance`: d of the next slice is copied to a buffer; one operation per stretch of a unit, no waiting
     meanwhile           a helper thread encodes, signs and uploads each chunk of the slice, on a lane of its own; when no slice is left, it
                         keeps everything: writes it to the log, synced
-    between two steps   `advance` returns all of it
+    between two steps   `advance` settles all of it: only now does anything change that others could see
 Chunks are independent, so they need not be of one moment: a model is cut into `limits.draft_slices` slices, one per meeting, and the buffer
-has the size of one. Nothing that others could see changes before `advance` has returned what was made.
-Without a helper the same happens at once, on the calling thread.
+has the size of one. Without a helper the same happens at once, on the calling thread.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from tscale_peers.lane import Lane
 from tscale_peers.layout import Chunk
 
 T = TypeVar("T")
+R = TypeVar("R")
 Make = Callable[[Chunk, Tensor], T]
 """What is made of one chunk and a copy of its displacement, which may be changed. On the helper thread."""
 
@@ -51,38 +51,46 @@ class Desk:
         return self._buffer
 
 
-class Drafting(Generic[T]):
+class Drafting(Generic[T, R]):
     """One run through all of `chunks` (ascending). Owner's thread; `make` and `keep` run on the helper."""
 
     def __init__(
-        self, desk: Desk, chunks: Sequence[Chunk], make: Make[T], keep: Callable[[list[T]], None], before: Callable[[Chunk], None]
+        self,
+        desk: Desk,
+        chunks: Sequence[Chunk],
+        *,
+        before: Callable[[Chunk], None],
+        make: Make[T],
+        keep: Callable[[list[T]], None],
+        settle: Callable[[list[T]], R],
     ) -> None:
-        """before: called for each chunk on the owner's thread when its displacement is captured."""
+        """before: called for each chunk on the owner's thread when its displacement is captured. settle: called there with all that was
+        made, in the order of the chunks, when it is kept."""
         self._desk = desk
         self._slices = _slices(chunks, desk.slice_values)
-        self._make, self._keep, self._before = make, keep, before
+        self._make, self._keep, self._before, self._settle = make, keep, before, settle
         self._made: list[T] = []
         self._kept = False
         self._job: Future[None] | None = None
 
-    def advance(self) -> list[T] | None:
-        """Go on as far as possible without waiting. Everything, in the order of the chunks, once it is kept; None before. Raises what
-        `make` and `keep` raise; then it is over."""
+    def advance(self) -> R | None:
+        """Go on as far as possible without waiting. What `settle` gave, once; None before that. Raises what the three raise: it is over
+        then, and what they had not done is not done."""
         while self._job is None or self._job.done():
             if self._job is not None:
                 self._job.result()
                 self._job = None
             if self._kept:
-                return self._made
+                return self._settle(self._made)
             self._start(self._slices.pop(0) if self._slices else [])
         return None
 
-    def finish(self) -> list[T]:
+    def finish(self) -> R:
         """As `advance`, waiting."""
-        while (made := self.advance()) is None:
+        while (settled := self.advance()) is None:
             assert self._job is not None
             self._job.exception()
-        return made
+        return settled
 
     def _start(self, chunks: list[Chunk]) -> None:
         """The next slice; without chunks: keep what was made."""

@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import NamedTuple
+from typing import TypeVar
 
 import torch
 
@@ -51,10 +51,8 @@ from tscale_peers.publisher import Draft, Publisher
 
 __all__ = ["Exchange", "OuterRule", "Published", "Receipt", "Signer"]
 
-
-class _Publication(NamedTuple):
-    drafting: Drafting[Draft]
-    momentum_keep: float
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Exchange:
@@ -96,13 +94,13 @@ class Exchange:
         self.stream_key = stream_key(self.signer.public_key, stream)
         self.log = log
         self.terms = terms
+        self._clock = clock
         self._chunks = layout.chunks
         self._memories = [CodecMemory() for _ in layout.chunks]
         grid = rule.grid_displacement
         self._place = Displacement(replica, weights, displacement, kept=keep_displacement or grid, grid=grid)
         self._desk = Desk(self._place, self._chunks, weights, replica.device, helper)
         self._uploads = Lane(replica.device)
-        self._publication: _Publication | None = None
         self.unplaced: list[Receipt] = []
         """Own packets that did not fit into B's range any more when they were durable: to be offered again, as those of others are."""
         self._in_use: list[Packet] = []
@@ -129,12 +127,8 @@ class Exchange:
     def encoded(self, chunk: Chunk, coefficient: float) -> bytes:
         """Payload of what d holds of one chunk beyond what is pledged. Changes nothing. Raises Refused("not-finite")."""
         (span,) = self._place.spans([chunk])
-        return self._encode(chunk, self._place.capture(span).clone(), self.pledges.open_to(chunk.index), coefficient)
-
-    def _encode(self, chunk: Chunk, d: torch.Tensor, pledged: Iterable[Packet], coefficient: float) -> bytes:
-        """d: a copy, which is changed."""
-        for contribution in pledged:
-            contribution.delta.take_from(d, self._divisor(contribution))
+        d = self._place.capture(span).clone()
+        self._pay_pledges(d, self.pledges.open_to(chunk.index))
         return self.terms.codec_of(chunk).encode(d, chunk, coefficient, self._memories[chunk.index])
 
     def take_over(self, index: int, units: torch.Tensor) -> None:
@@ -152,8 +146,7 @@ class Exchange:
         return self._place.norm()
 
     def drop_displacement(self) -> None:
-        """d = 0, W = B: private work that is too old to be of use is given up."""
-        self.finish_publication()
+        """d = 0, W = B: private work that is too old to be of use is given up. No publication may be under way."""
         for chunk in self._chunks:
             self.pledges.close(chunk.index)
         for span in self._place.spans():
@@ -161,12 +154,11 @@ class Exchange:
 
     def keep_unpublished(self, saved: torch.Tensor | None) -> None:
         """After a crash that cost local training: d keeps of the checkpoint's displacement `saved` (None: there was none) what was not
-        published since, value by value between 0 and `saved`; W = B + d.
+        published since, value by value between 0 and `saved`; W = B + d. No publication may be under way.
 
         Packets published since also carry training that the restored weights lack: paid in full, d would owe that training, and the next
         publications would take it back from the swarm.
         """
-        self.finish_publication()
         for span in self._place.spans():
             d = self._place.capture(span)
             for chunk in span.chunks:
@@ -264,62 +256,48 @@ class Exchange:
     def publish(self, batches_total: int, share: float) -> Published:
         """One packet per chunk of the present displacement, with c = share_scale * share, at most the run's limit.
 
-        batches_total: own batches so far in this stream. share: (0, 1]. None may be under way.
+        batches_total: own batches so far in this stream. share: (0, 1]. Nothing else may be under way.
         Raises Refused, before anything has changed: "not-finite", "out-of-range", "too-many-streams", "log-write".
         """
-        self.begin_publication(batches_total, share)
-        published = self.finish_publication()
-        assert published is not None
-        return published
+        return self.begin_publication(batches_total, share).finish()
 
-    @property
-    def publishing(self) -> bool:
-        """Is a publication under way?"""
-        return self._publication is not None
-
-    def begin_publication(self, batches_total: int, share: float) -> None:
-        """The same beside training: captures the first part of d now; `advance_publication` at each following meeting does the rest."""
+    def begin_publication(self, batches_total: int, share: float) -> Drafting[Draft, Published]:
+        """The same beside training: the caller advances it at this meeting and the following ones."""
         if not 0 < share <= 1:
             raise ValueError(f"share must lie in (0, 1], not {share}")
-        assert self._publication is None, "one publication at a time"
         coefficient = min(self.rule.share_scale * share, self.terms.max_coefficient)
+
+        def draft(chunk: Chunk, payload: bytes) -> Draft:
+            return self._publisher.draft(chunk, payload, batches_total, coefficient)
+
+        def settle(drafts: list[Draft]) -> Published:
+            receipts = self.receive(draft.packet for draft in drafts)
+            refused = {receipt.key: receipt for receipt in receipts if receipt.refusal is not None}
+            self.unplaced += refused.values()
+            keep = share if self.rule.momentum_keep == "share" else 1.0
+            return Published([draft.body for draft in drafts if draft.packet.key not in refused], keep)
+
+        return self.drafting(self._chunks, coefficient, draft, self._publisher.keep, settle)
+
+    def drafting(
+        self,
+        chunks: Sequence[Chunk],
+        coefficient: float,
+        make: Callable[[Chunk, bytes], T],
+        keep: Callable[[list[T]], None],
+        settle: Callable[[list[T]], R],
+    ) -> Drafting[T, R]:
+        """Something made of the payloads of what d holds of `chunks` (ascending) beyond what is pledged, beside training (drafting.py)."""
         pledged: dict[int, list[int]] = {}
 
         def note(chunk: Chunk) -> None:
             pledged[chunk.index] = self.pledges.open_numbers(chunk.index)
 
-        def draft(chunk: Chunk, d: torch.Tensor) -> Draft:
-            open_ = self.pledges.read(chunk.index, pledged.pop(chunk.index))
-            return self._publisher.draft(chunk, self._encode(chunk, d, open_, coefficient), batches_total, coefficient)
+        def encode(chunk: Chunk, d: torch.Tensor) -> T:
+            self._pay_pledges(d, self.pledges.read(chunk.index, pledged.pop(chunk.index)))
+            return make(chunk, self.terms.codec_of(chunk).encode(d, chunk, coefficient, self._memories[chunk.index]))
 
-        drafting = Drafting(self._desk, self._chunks, draft, self._publisher.keep, note)
-        self._publication = _Publication(drafting, share if self.rule.momentum_keep == "share" else 1.0)
-
-    def advance_publication(self) -> Published | None:
-        """What was published, once it is durable and applied here; None before. Does not wait. Raises as `publish`: then it is over."""
-        return self._settled(lambda drafting: drafting.advance())
-
-    def finish_publication(self) -> Published | None:
-        """As `advance_publication`, waiting. None if none was under way."""
-        return self._settled(lambda drafting: drafting.finish())
-
-    def _settled(self, made: Callable[[Drafting[Draft]], list[Draft] | None]) -> Published | None:
-        """B += c*q and d -= leak*q, if everything is made."""
-        publication = self._publication
-        if publication is None:
-            return None
-        try:
-            drafts = made(publication.drafting)
-        except BaseException:
-            self._publication = None
-            raise
-        if drafts is None:
-            return None
-        self._publication = None
-        receipts = self.receive(draft.packet for draft in drafts)
-        refused = {receipt.key: receipt for receipt in receipts if receipt.refusal is not None}
-        self.unplaced += refused.values()
-        return Published([draft.body for draft in drafts if draft.packet.key not in refused], publication.momentum_keep)
+        return Drafting(self._desk, chunks, before=note, make=encode, keep=keep, settle=settle)
 
     # -- crash and snapshot --------------------------------------------------------------------------------------------
 
