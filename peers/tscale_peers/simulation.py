@@ -1,70 +1,72 @@
 """A whole swarm in virtual time: the very classes that production runs, on a network in memory.
 
 Enters: a seed, the number of peers, what happens to them. Leaves: peers to look at, and a trace hash that is the same for the same seed.
-Each simulated peer trains by scripted moves (seeded noise around a common drift), so what is checked is the algebra, not learning.
-Signatures are a keyed hash here (`toy_verify`): Ed25519 would take most of the time and adds nothing to order, loss and duplication.
+Peers train by scripted moves unless the caller brings a learner (simulated_training.py); their signatures are a keyed hash unless it asks
+for real ones. What a process and its home keep or lose in a crash is as in production: memory is gone; log and checkpoint stay.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from blake3 import blake3
+from torch import Tensor
 
+from tscale_net.errors import Refused
 from tscale_net.identity import Identity
 from tscale_net.memory_network import MemoryNetwork
-from tscale_net.ports import Clock, PeerId, Rng
+from tscale_net.ports import Clock, Rng
+from tscale_net.stall import Stall, StallingClock
 from tscale_net.transfer import Transfers
-from tscale_peers.assembly import RunTerms, assemble
+from tscale_peers import limits
+from tscale_peers.applied import AppliedSet
+from tscale_peers.assembly import RunTerms, Saved, assemble
 from tscale_peers.basepoint import Replica
-from tscale_peers.delta_log import MemoryLog, PacketLog
-from tscale_peers.donor import provide_from
+from tscale_peers.donor import TRAINER_STATE, provide_from
 from tscale_peers.joining import fetch_snapshot, learn_run, reload_when_needed
 from tscale_peers.layout import TensorSpec
 from tscale_peers.manifest import RuleSpec, RunManifest
 from tscale_peers.meeting import Progress
 from tscale_peers.notices import Notice, NoticeBoard
+from tscale_peers.packet_log import MemoryLog, PacketLog
 from tscale_peers.peer import Outside, PeerSettings, SwarmPeer
+from tscale_peers.restart import PrivateWork, is_caught_up, own_batches, settle_after_crash
+from tscale_peers.simulated_peer import (
+    TOY,
+    Checkpoint,
+    Conditions,
+    Signatures,
+    SimulatedHome,
+    SimulatedPeer,
+    SlowLog,
+    ToyAuthor,
+    toy_verify,
+)
+from tscale_peers.simulated_training import Learner, ScriptedMoves
+
+__all__ = ["SimulatedPeer", "SimulatedSwarm", "ToyAuthor", "small_run", "toy_verify"]
 
 UNIT_EXPONENT = -20
-STEP_TOKENS = 1000
-DRIFT = 0.001
-NOISE = 0.01
+STREAM_BITS = 63
+CATCH_UP_S = 60.0
+"""A peer that comes back trains on after this at the latest, caught up or not."""
+DONOR_STATE_MAX_BYTES = 1 << 30
+
+NewLearner = Callable[[SimulatedPeer, Tensor], Learner]
+"""(peer, start weights, to be taken over) -> what trains it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ToyAuthor:
-    """A real identity with a quick stand-in for its signature."""
-
-    identity: Identity
-
-    @property
-    def peer_id(self) -> PeerId:
-        return self.identity.peer_id
-
-    @property
-    def public_key(self) -> bytes:
-        return self.identity.public_key
-
-    def sign(self, domain: bytes, message: bytes) -> bytes:
-        return _toy_signature(self.public_key, domain, message)
-
-
-def _toy_signature(public_key: bytes, domain: bytes, message: bytes) -> bytes:
-    return blake3(domain + b"\x00" + message, key=public_key).digest(64)
-
-
-def toy_verify(public_key: bytes, domain: bytes, message: bytes, signature: bytes) -> bool:
-    """Counterpart of `ToyAuthor.sign`: detects any change, not forgery."""
-    return len(public_key) == 32 and signature == _toy_signature(public_key, domain, message)
-
-
-def small_run(publish_every_steps: int = 5, chunk_params: int = 1 << 11, rule: RuleSpec | None = None) -> tuple[RunManifest, torch.Tensor]:
-    """A run of 4096 weights in two chunks, and its start weights."""
+def small_run(
+    publish_every_steps: int = 5,
+    chunk_params: int = 1 << 11,
+    rule: RuleSpec | None = None,
+    codec: str = "sign",
+) -> tuple[RunManifest, torch.Tensor]:
+    """A run of 4096 weights, by default in two chunks, and its start weights."""
     specs = [TensorSpec("embedding", 16, 128, UNIT_EXPONENT), TensorSpec("final", 16, 128, UNIT_EXPONENT)]
     start = torch.randn(4096, generator=torch.Generator().manual_seed(1)) * 0.5
     manifest = RunManifest(
@@ -73,6 +75,7 @@ def small_run(publish_every_steps: int = 5, chunk_params: int = 1 << 11, rule: R
         start_hash=b"\x00" * 32,
         created_unix=0.0,
         trainer={},
+        codec=codec,
         chunk_params=chunk_params,
         publish_every_steps=publish_every_steps,
         rule=rule or RuleSpec(),
@@ -83,56 +86,58 @@ def small_run(publish_every_steps: int = 5, chunk_params: int = 1 << 11, rule: R
     return RunManifest.decode(manifest.encode()), replica.weights()
 
 
-@dataclass
-class SimulatedPeer:
-    """One peer: who it is, how fast it trains, and what runs of it."""
-
-    author: ToyAuthor
-    name: str
-    step_s: float
-    seed: int
-    listens: bool
-    log: PacketLog
-    peer: SwarmPeer | None = None
-    steps: int = 0
-    task: asyncio.Task[None] | None = None
-    killed: bool = False
-    notices: list[Notice] = field(default_factory=list)
-
-    @property
-    def alive(self) -> bool:
-        return self.task is not None and not self.killed and not self.task.done()
-
-
 class SimulatedSwarm:
-    """Builds peers on one MemoryNetwork. All of it runs on a VirtualLoop (tscale_net.virtual_time.run_virtual)."""
+    """Builds peers on one MemoryNetwork. All of it runs on a VirtualLoop (tscale_net.virtual_time.run_virtual).
+
+    latency_s, jitter_s: one way, see MemoryNetwork. checkpoint_s: how often each peer saves its state to its home; 0: never.
+    """
 
     def __init__(
         self,
         manifest: RunManifest,
-        start: torch.Tensor,
+        start: Tensor,
         clock: Clock,
         rng: Rng,
         *,
         latency_s: float = 0.04,
+        jitter_s: float = 0.01,
         bandwidth_bytes_s: float | None = None,
         new_log: Callable[[], PacketLog] = MemoryLog,
+        new_learner: NewLearner | None = None,
+        signatures: Signatures = TOY,
+        checkpoint_s: float = 0.0,
     ) -> None:
         self.run = RunTerms.of(manifest)
         self.start = start
         self.clock = clock
         self.rng = rng
-        self.network = MemoryNetwork(random.Random(rng.random()), clock, latency_s=latency_s, bandwidth_bytes_s=bandwidth_bytes_s)
+        self.network = MemoryNetwork(
+            random.Random(rng.random()), clock, latency_s=latency_s, jitter_s=jitter_s, bandwidth_bytes_s=bandwidth_bytes_s
+        )
         self.peers: list[SimulatedPeer] = []
+        self.on_published: Callable[[SimulatedPeer], None] = lambda sim: None
+        """Called whenever a peer has published."""
+        self._signatures = signatures
+        self._checkpoint_s = checkpoint_s
         self._new_log = new_log
+        self._new_learner = new_learner or (lambda sim, weights: ScriptedMoves(weights, sim.seed))
         self._trace = blake3()
 
-    def add(self, step_s: float = 1.0, listens: bool = True) -> SimulatedPeer:
-        """A new identity; not running yet. It trains a step each `step_s` virtual seconds; 0: never. `listens`: others can dial it."""
+    def add(self, step_s: float = 1.0, listens: bool = True, conditions: Conditions | None = None) -> SimulatedPeer:
+        """A new identity with an empty home; not running yet. `step_s` and `listens`: short for the conditions of these two."""
         n = len(self.peers)
         identity = Identity.from_seed(blake3(f"peer {n}".encode()).digest())
-        self.peers.append(SimulatedPeer(ToyAuthor(identity), f"peer-{n}", step_s, n, listens, self._new_log()))
-        return self.peers[-1]
+        conditions = conditions or Conditions(step_s, listens)
+        stall = Stall(self.clock) if conditions.can_stall else None
+        slow = stall is not None and conditions.disk_s > 0
+        log = SlowLog(limits.log_default_retain, stall, conditions.disk_s) if slow and stall is not None else self._new_log()
+        home = SimulatedHome(log, self.rng.getrandbits(STREAM_BITS))
+        author = self._signatures.author(identity)
+        sim = SimulatedPeer(identity, author, f"peer-{n}", n, conditions, home, stall, conditions.step_s)
+        self.peers.append(sim)
+        return sim
+
+    # -- starting ----------------------------------------------------------------------------------------------------
 
     async def found(self, sim: SimulatedPeer, role: str = "seed") -> str:
         """Start `sim` with the start weights; returns the address to join at."""
@@ -141,59 +146,155 @@ class SimulatedSwarm:
         return await self._launch(sim, role, (), replica=replica, joined=True)
 
     async def join(self, sim: SimulatedPeer, *bootstrap: str) -> None:
-        """Start `sim` as a newcomer that knows only addresses: manifest, snapshot, then packets."""
-        await self._launch(sim, "peer", bootstrap, replica=self.run.new_replica(), joined=False)
+        """Start `sim` without a basepoint: it knows only addresses (and its home's log). Manifest, snapshot, then packets."""
+        peer = await self._begin_to_join(sim, bootstrap)
+        while peer.gossip.hold:
+            await self.clock.sleep(0.1)
+            if sim.task is not None and sim.task.done():
+                sim.task.result()
+                return
 
-    async def _launch(self, sim: SimulatedPeer, role: str, bootstrap: tuple[str, ...], *, replica: Replica, joined: bool) -> str:
+    async def _begin_to_join(self, sim: SimulatedPeer, bootstrap: tuple[str, ...]) -> SwarmPeer:
+        await self._launch(sim, "peer", bootstrap, replica=self.run.new_replica(), joined=False)
+        assert sim.peer is not None
+        return sim.peer
+
+    async def restart(self, sim: SimulatedPeer, *bootstrap: str, role: str = "peer") -> str:
+        """Start a killed peer from its home again; without a checkpoint it joins anew, or is a seed that begins at the start weights."""
+        saved = sim.home.checkpoint
+        if saved is None and role != "seed":
+            await self._begin_to_join(sim, bootstrap)
+            return ""
+        replica = self.run.new_replica()
+        if saved is None:
+            replica.set_start(self.start)
+        else:
+            applied = AppliedSet.decode(saved.applied, replica.applied.chunks, replica.applied.max_streams)
+            replica.restore(saved.basepoint.clone(), applied)
+        return await self._launch(sim, role, bootstrap, replica=replica, joined=True, saved=saved)
+
+    async def _launch(
+        self,
+        sim: SimulatedPeer,
+        role: str,
+        bootstrap: tuple[str, ...],
+        *,
+        replica: Replica,
+        joined: bool,
+        saved: Checkpoint | None = None,
+    ) -> str:
         known_run = self.run.run if joined else b""
-        transport = self.network.transport(sim.author.identity, sim.name, known_run, listens=sim.listens)
+        sim.killed, sim.stepped_at, sim.task = False, None, None
+        sim.lives += 1
+        place = sim.conditions
+        transport = self.network.transport(sim.identity, sim.name, known_run, listens=place.listens, line=place.line, stall=sim.stall)
         rng = random.Random(self.rng.random())
-        outside = Outside(transport, Transfers(transport, self.clock, rng), self.clock, rng, toy_verify)
+        clock: Clock = self.clock
+        if sim.stall is not None or place.clock_ahead_s:
+            clock = StallingClock(self.clock, sim.stall or Stall(self.clock), place.clock_ahead_s)
+        outside = Outside(transport, Transfers(transport, clock, rng), clock, rng, self._signatures.verify)
         addresses = tuple(await transport.start())
         if not joined:
             await learn_run(outside, bootstrap)
-        board = NoticeBoard(self.clock, lambda notice: self._note(sim, notice))
-        weights = self.start.clone()
+        board = NoticeBoard(self.clock, partial(self._note, sim))
+        learner = sim.learner = self._new_learner(sim, self.start.clone())
+        private = None
+        if saved is not None:
+            learner.load(saved.learner)
+            sim.steps = saved.steps
+            private = Saved(saved.displacement.clone(), saved.paid)
         peer = assemble(
-            self.run, sim.author, outside, replica=replica, weights=weights, log=sim.log, stream=rng.getrandbits(63),
-            settings=PeerSettings(sim.name, role, bootstrap, addresses), board=board, joined=joined,
+            self.run, sim.author, outside, replica=replica, weights=learner.weights, log=sim.home.log, stream=sim.home.stream,
+            settings=PeerSettings(sim.name, role, bootstrap, addresses), board=board, joined=joined, saved=private,
         )  # fmt: skip
         sim.peer = peer
-        outside.transfers.serve(provide_from(peer, self.run.manifest.encode(), len(self.run.terms.layout.chunks), lambda: None, _nothing))
-        sim.task = asyncio.get_running_loop().create_task(self._live(sim, peer, joined))
-        if not joined:
-            while peer.gossip.hold:
-                await self.clock.sleep(0.1)
-                if sim.task.done():
-                    sim.task.result()
+        settle_after_crash(peer.meeting, sim.steps if saved is not None else 0, saved.displacement if saved is not None else None)
+        peer.meeting.resume_at(Progress(sim.steps, sim.steps, sim.steps * learner.tokens_per_step, float("nan"), trained=False))
+        outside.transfers.serve(
+            provide_from(peer, self.run.manifest.encode(), len(self.run.terms.layout.chunks), learner.donor_state, _nothing)
+        )
+        sim.task = asyncio.get_running_loop().create_task(self._live(sim, peer, learner, joined, saved))
         return addresses[0] if addresses else ""
 
-    async def _live(self, sim: SimulatedPeer, peer: SwarmPeer, joined: bool) -> None:
+    async def _live(self, sim: SimulatedPeer, peer: SwarmPeer, learner: Learner, joined: bool, saved: Checkpoint | None) -> None:
+        begun = self.clock.now()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(peer.run())
+            if sim.conditions.stall_s > 0:
+                tasks.create_task(self._stalls(sim))
             reload_when_needed(peer, self.run.manifest, tasks)
             if not joined:
                 await fetch_snapshot(peer, self.run.manifest)
-            tasks.create_task(self._train(sim, peer))
+                learner.joined(await self._statistics(peer), peer.swarm_batches())
+            elif saved is not None and peer.settings.bootstrap:
+                await self._catch_up(peer, saved)
+            sim.caught_up_after_s.append(self.clock.now() - begun)
+            tasks.create_task(self._train(sim, peer, learner))
 
-    async def _train(self, sim: SimulatedPeer, peer: SwarmPeer) -> None:
-        generator = torch.Generator().manual_seed(sim.seed)
-        weights = peer.meeting.exchange.weights
+    async def _statistics(self, peer: SwarmPeer) -> bytes | None:
+        try:
+            return await peer.outside.transfers.fetch(TRAINER_STATE, sorted(peer.linked), max_bytes=DONOR_STATE_MAX_BYTES)
+        except Refused:
+            return None
+
+    async def _catch_up(self, peer: SwarmPeer, saved: Checkpoint) -> None:
+        work = PrivateWork(saved.swarm_batches, own_batches(peer), self.run.manifest.limits.displacement_max_age_batches)
+        begun = self.clock.now()
+        while not is_caught_up(peer) and self.clock.now() - begun < CATCH_UP_S:
+            await self.clock.sleep(limits.tick_s)
+        peer.meeting.settle()
+        if is_caught_up(peer):
+            work.judge(peer)
+
+    # -- living ------------------------------------------------------------------------------------------------------
+
+    async def _train(self, sim: SimulatedPeer, peer: SwarmPeer, learner: Learner) -> None:
+        clock, meeting = peer.outside.clock, peer.meeting
         peer.training_active = True
+        sim.stepped_at = save_at = self.clock.now()
         while sim.step_s > 0 and peer.training_active:
-            await self.clock.sleep(sim.step_s)
+            await clock.sleep(sim.step_s)
             if not peer.training_active:
                 return
-            weights += DRIFT + NOISE * torch.randn(weights.numel(), generator=generator)
+            loss = learner.step()
             sim.steps += 1
-            peer.meeting.meet(Progress(sim.steps, sim.steps, sim.steps * STEP_TOKENS, 1.0, trained=True))
+            met = meeting.meet(Progress(sim.steps, sim.steps, sim.steps * learner.tokens_per_step, loss, trained=True))
+            learner.met(met.momentum_keep, peer.others_batches())
+            now = self.clock.now()
+            sim.longest_gap_s = max(sim.longest_gap_s, now - sim.stepped_at)
+            sim.stepped_at = now
+            if met.published:
+                self.on_published(sim)
+            if self._checkpoint_s and now - save_at >= self._checkpoint_s:
+                save_at = now
+                self.save(sim)
 
-    def kill(self, sim: SimulatedPeer) -> None:
-        """SIGKILL: everything in memory is gone, connections are reset."""
+    def save(self, sim: SimulatedPeer) -> None:
+        """A checkpoint of a running peer into its home."""
+        peer, learner = sim.peer, sim.learner
+        assert peer is not None and learner is not None
+        exchange, replica = peer.meeting.exchange, peer.meeting.replica
+        paid = exchange.paid.encode()
+        sim.home.checkpoint = Checkpoint(
+            replica.basepoint.clone(), replica.applied.encode(), exchange.displacement().clone(), paid,
+            sim.steps, peer.swarm_batches(), learner.save(),
+        )  # fmt: skip
+        peer.meeting.checkpointed(paid)
+
+    async def _stalls(self, sim: SimulatedPeer) -> None:
+        assert sim.stall is not None
+        while True:
+            await self.clock.sleep(sim.conditions.stall_every_s * (0.5 + self.rng.random()))
+            sim.stall.hold(sim.conditions.stall_s)
+
+    # -- what happens to it ------------------------------------------------------------------------------------------
+
+    def kill(self, sim: SimulatedPeer, silent: bool = False) -> None:
+        """SIGKILL: everything in memory is gone, connections are reset. `silent`: as a power cut, nobody is told."""
         assert sim.task is not None
         sim.killed = True
         sim.task.cancel()
-        self.network.kill(sim.author.peer_id)
+        self.network.kill(sim.author.peer_id, silent)
 
     def stand_still(self) -> None:
         """All stop training (and so publishing); gossip goes on."""
@@ -216,6 +317,10 @@ class SimulatedSwarm:
             if sim.task is not None and not sim.killed and sim.task.done():
                 sim.task.result()
         return [sim.peer for sim in self.peers if sim.alive and sim.peer is not None]
+
+    def addresses(self, but: SimulatedPeer | None = None) -> Sequence[str]:
+        """Where living peers can be dialled."""
+        return [a for sim in self.peers if sim is not but and sim.alive and sim.peer is not None for a in sim.peer.settings.addresses]
 
     async def end(self) -> None:
         """Cancel everything."""
