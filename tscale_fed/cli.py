@@ -28,6 +28,7 @@ EXIT_INTERRUPTED = 130
 COMMANDS = {
     "train": "train alone on one device, from a run file",
     "data": "turn text into token shards, look at them",
+    "tokenizer": "make a tokenizer from text, look at one",
     "model": "look at a model; check this machine against a golden file",
     "bench": "measure codec, links, joins and kernels on this machine",
     "demo": "a seed and two peers on this machine, learning real text",

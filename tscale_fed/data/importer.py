@@ -36,6 +36,7 @@ from tscale_fed.data.manifest import (
 from tscale_fed.data.shards import HashedFile, ShardWriter
 from tscale_fed.data.sources import Piece, SourceFile, find_sources, piece_bytes_for, read_pieces
 from tscale_fed.data.tokenizer import Tokenizer
+from tscale_fed.data.word_tokenizer import WordTokenizer
 from tscale_net.errors import Refused
 from tscale_net.ports import Clock, SystemClock
 
@@ -171,7 +172,7 @@ class _Import:
         unigrams.write(self._counts.astype("<i8").tobytes())
         tokenizer = self._tokenizer
         manifest = DataManifest(VERSION, tokenizer.record, train, test, unigrams.close())
-        if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.source is not None:
+        if isinstance(tokenizer, HuggingFaceTokenizer | WordTokenizer) and tokenizer.source is not None:
             write_durably(self._staging / TOKENIZER_FILE, tokenizer.source)
         record = ImportRecord(VERSION, tokenizer.record, self._fraction, self._shard_bytes, imported)
         write_durably(self._staging / IMPORT_FILE, msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n")

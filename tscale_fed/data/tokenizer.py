@@ -1,6 +1,7 @@
 """The tokenizer interface, and the one place that turns a tokenizer's name into a tokenizer.
 
-Enters: "bytes", "gpt2" or the path of a Hugging Face tokenizer.json. Leaves: a `Tokenizer`.
+Enters: "bytes", "gpt2", or the path of a tokenizer: a Hugging Face tokenizer.json, a word tokenizer of ours, a binary one of TScale.
+Leaves: a `Tokenizer`.
 
 Rule for ids (as in the original TScale: a vocabulary of 50257 becomes 50258): ids below `base_vocab` are the tokenizer's own; the
 fragment-start token is `base_vocab`; the document-start token is the tokenizer's own end-of-text or begin-of-text token where it has
@@ -66,7 +67,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer named by `spec`: "bytes", "gpt2", or the path of a tokenizer.json.
+    """The tokenizer named by `spec`: "bytes", "gpt2", or the path of a file; see the module.
 
     Raises Refused: "no-tokenizer" (no such name or file), "bad-tokenizer" (the file is not a tokenizer).
     """
@@ -82,9 +83,23 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if path.is_dir():
         path = path / "tokenizer.json"
     if not path.is_file():
-        raise Refused("no-tokenizer", f'No tokenizer "{spec}": write bytes, gpt2, or the path of a Hugging Face tokenizer.json.')
-    from tscale_fed.data.huggingface import load_tokenizer_file
+        raise Refused("no-tokenizer", f'No tokenizer "{spec}": write bytes, gpt2, or the path of a tokenizer.json or .bin.')
+    return _read_tokenizer_file(path)
 
+
+def _read_tokenizer_file(path: Path) -> Tokenizer:
+    """By what the file begins with, whatever its name."""
+    from tscale_fed.data import limits
+    from tscale_fed.data.huggingface import load_tokenizer_file
+    from tscale_fed.data.word_file import is_word_file, read_original, read_word_file
+
+    if path.stat().st_size > limits.MAX_TOKENIZER_BYTES:
+        raise Refused("bad-tokenizer", f"{path} is larger than {limits.MAX_TOKENIZER_BYTES // limits.MIB} MB: not a tokenizer.")
+    source = path.read_bytes()
+    if is_word_file(source):
+        return read_word_file(source, path)
+    if source[:1] not in (b"{", b"") and path.suffix == ".bin":
+        return read_original(source, path.name)
     return load_tokenizer_file(path)
 
 
