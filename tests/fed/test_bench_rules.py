@@ -25,12 +25,13 @@ from tscale_fed.engine.precision import choose_precision
 from tscale_fed.model.shape import ModelShape
 from tscale_fed.new_run import tensor_specs
 from tscale_fed.optimizer.rule import OptimizerSettings
-from tscale_kernels import delta_int8
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity, verify
 from tscale_net.ports import SystemClock
 from tscale_peers.assembly import RunTerms
+from tscale_peers.codec import codec_named
 from tscale_peers.exchange import Exchange, Signer
+from tscale_peers.layout import Layout
 from tscale_peers.manifest import RuleSpec, RunManifest
 from tscale_peers.packet import Packet
 from tscale_peers.packet_log import MemoryLog
@@ -89,7 +90,7 @@ def real_meetings(row: Row, start: Tensor, meetings: int) -> tuple[Tensor, Tenso
     return weights, peers[0].replica.basepoint
 
 
-@pytest.mark.parametrize("text", ["sum sign", "avg sign", "sum none", "avg none"])
+@pytest.mark.parametrize("text", ["sum sign", "avg sign", "sum none", "avg none", "avg topk-sign"])
 def test_a_meeting_is_the_exchange_of_real_peers_bit_by_bit(text: str) -> None:
     row = the_row(text)
     start = grid_start(SHAPE, 1, torch.device("cpu"))
@@ -185,13 +186,18 @@ def test_two_magnitudes_lose_less_than_one() -> None:
     assert lost[1] < lost[0]
 
 
-def test_int4_is_the_rule_of_int8_with_seven_for_127(monkeypatch: pytest.MonkeyPatch) -> None:
-    d = torch.randn(1, FLAT.size, generator=torch.Generator().manual_seed(4)) * 0.01
-    monkeypatch.setattr("tscale_fed.bench.rules_codecs._INT4_LARGEST", 127)
-    codes, steps = delta_int8.encode(d.view(-1, 128), 0.125, -22)
-    ours = codec_of("int4", FLAT).encode(d, 0.125).view(-1, 128)
-    wanted = codes.view(-1, 128).int() * steps[:, None]
-    assert (ours - wanted).abs().max() <= steps.max() // 1000 * 127 + 127  # int8 rounds its step to 11 bits
+@pytest.mark.parametrize("name", ["sign", "topk-sign-64", "topk-2bit-256", "int8", "int4"])
+def test_a_codec_decodes_to_what_a_packet_of_it_does(name: str) -> None:
+    """Two peers, the second with a stretch of zeros; one chunk holds the whole model."""
+    d = torch.randn(2, FLAT.size, generator=torch.Generator().manual_seed(4)) * 0.01
+    d[1, 33024 + 32896 : 33024 + 32896 + 4096 * 2] = 0.0
+    codec, chunk = codec_named(name.removesuffix("-64")), Layout.build(tensor_specs(SHAPE), 1 << 20).chunks[0]
+    for peer, decoded in zip(d, codec_of(name, FLAT).encode(d, 0.125), strict=True):
+        payload = codec.encode(peer, chunk, 0.125)
+        wanted = torch.zeros(FLAT.size, dtype=torch.int32)
+        codec.open(payload, chunk).add_to(wanted)
+        assert torch.equal(decoded, wanted)
+        assert len(payload) / FLAT.size == pytest.approx(codec_of(name, FLAT).bytes_per_value, rel=0.03)
 
 
 def test_sizes_are_those_of_packets() -> None:

@@ -23,9 +23,12 @@ It prints a table for people and writes one JSON file with the figures, the mach
     kernel_rows.py        one row of figures, the printed table
     spread.py             bytes and learning of flooding, owners, cells, pairs; spread_ways.py, spread_traffic.py: the two models
     parallel.py           several GPUs of one host; parallel_rows.py a process of it, parallel_table.py what is printed
+    parallel_swarm.py     its row of real peers behind slow lines; slow_link.py such a line
     codecs.py             every codec; codec_costs.py: bytes, time, contraction; codec_payloads.py: would compressing once more gain?
+    contraction.py        what codecs send of noise, low rank, training; contraction_moves.py, contraction_ways.py: of what, and how
     in_process_swarm.py   peers with everything but sockets, exchanging packets with a fixed lag
     rules.py              which way to meet? Many simulated peers on one device; rules_rows.py: a row in words
+    rules_call.py         one call: text, machine, forecast; rules_sizes.py: models and batches by name
     rules_run.py          one row; rules_results.py: the file to which calls add up, the table, curves
     rules_meeting.py      how peers meet; rules_codecs.py: codecs over all peers at once; rules_text.py: who reads what
     rules_peers.py        stacked state of the peers; rules_engine.py: their steps on the kernels, in CUDA graphs
@@ -42,6 +45,7 @@ BENCHES = {
     "rules": "rules of the swarm beside one peer and synchronous training",
     "parallel": "several GPUs of one host against one of them",
     "codecs": "bytes, time and contraction of every codec",
+    "contraction": "how much of a displacement each codec sends for its bytes",
     "kernels": "time of every GPU kernel beside torch's own",
 }
 """Name -> one line of help; the module of the same name is imported only when it is asked for."""

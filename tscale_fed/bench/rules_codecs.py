@@ -1,22 +1,21 @@
 """Codecs over the displacements of many peers at once, as the rules bench needs them: dense integer steps instead of payload bytes.
 
 Enters: displacements [P, n] of P peers and a coefficient c. Leaves: c * codec(d) as int32 [P, n], multiples of the grid's unit. Signs,
-picks, codes and steps come from the kernels that the swarm's own codecs call, so every value is the one that a packet would add; only the
-packing into bytes is left out, and a payload's size is computed.
+picks, codes and steps come from the kernels that the swarm's own codecs call, so every value is the one that a packet would add (tests
+compare them); only the packing into bytes is left out, and a payload's size is computed.
 
     none          every value rounded to the grid                                                                      (4 bytes)
     fp16          half precision; what the original sends                                                              (2 bytes)
     sign          one bit, and the mean magnitude of each row                                              (delta_onebit)
-    topk-K        of every 4096 values the K largest: sign, one power of two for all                       (delta_topk)
-    topk-2bit-K   the same picks in two magnitudes, L and 2 L, of the L = 2**e that loses least            (K = 64 if it is left out)
-    int8, int4    a code per value, a step per 128 values                                                  (delta_int8; int4: codes to +-7)
+    topk-K        of every 4096 values the K largest: a sign each, one power of two for all; topk-sign-K     (delta_topk)
+    topk-2bit-K   the same picks with two sizes, 2**e and 3 * 2**e                     (as tscale_peers.codec_topk; K = 64 if left out)
+    int8, int4    a code per value, a step per 128 or 64 values                                              (delta_int8, delta_int4)
 
 Sizes of picks are those of Rice-coded gaps at random places; headers and signatures (1 % of a packet of a large model) are left out.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,12 +24,14 @@ from torch import Tensor
 
 from tscale_fed.model.shape import ModelShape
 from tscale_fed.new_run import UNIT_EXPONENT
-from tscale_kernels import delta_int8, delta_onebit, delta_topk, limits
+from tscale_kernels import delta_int4, delta_int8, delta_onebit, delta_topk, limits
 from tscale_net.errors import Refused
 
 UNIT = 2.0**UNIT_EXPONENT
 DEFAULT_PICKS = 64
-_INT4_LARGEST = 7
+_EXPONENT_BITS = 5
+_EXPONENTS_TRIED = range(-3, 3)
+"""Beside the logarithm of the picks' mean."""
 _FP16_SCALE = 1024.0
 """Displacements are near 1e-3: scaled like this they are normal numbers of fp16."""
 
@@ -89,16 +90,16 @@ def codec_of(name: str, flat: FlatMap) -> StackedCodec:
     if name == "int8":
         return StackedCodec(name, 1.0 + 2.0 / limits.delta_block, _int8)
     if name == "int4":
-        return StackedCodec(name, 0.5 + 2.0 / limits.delta_block, _int4)
+        return StackedCodec(name, 0.5 + 2.0 / limits.nibble_block, _int4)
     words = name.split("-")
-    two_bit = words[:2] == ["topk", "2bit"]
-    rest = words[2:] if two_bit else words[1:]
+    two_sizes, plain = words[:2] == ["topk", "2bit"], words[:2] == ["topk", "sign"]
+    rest = words[2:] if two_sizes or plain else words[1:]
     if words[0] == "topk" and len(rest) <= 1 and all(each.isdecimal() for each in rest):
         k = int(rest[0]) if rest else DEFAULT_PICKS
         if 1 <= k <= limits.topk_stretch:
-            size = (k * (rice_bits(k) + (2.0 if two_bit else 1.0)) + 8.0) / limits.topk_stretch / 8.0
-            return StackedCodec(name, size, lambda d, c: _picks(d, c, k, two_bit, flat))
-    known = "none, fp16, sign, topk-K, topk-2bit-K, int8, int4"
+            size = (k * (rice_bits(k) + (2.0 if two_sizes else 1.0)) + _EXPONENT_BITS) / limits.topk_stretch / 8.0
+            return StackedCodec(name, size, lambda d, c: _picks(d, c, k, two_sizes, flat))
+    known = "none, fp16, sign, topk-sign-K, topk-2bit-K, int8, int4"
     raise Refused("bad-bench", f"codec '{name}' is unknown; known are {known}, K of 1 to {limits.topk_stretch}")
 
 
@@ -130,15 +131,11 @@ def _int8(d: Tensor, c: float) -> Tensor:
 
 
 def _int4(d: Tensor, c: float) -> Tensor:
-    """As int8, with 7 for 127."""
-    _check(d)
-    blocks = d.reshape(-1, limits.delta_block)
-    units = blocks.abs().amax(1) * (c * 2.0**-UNIT_EXPONENT)
-    found = torch.ceil(units * (1.0 / _INT4_LARGEST)).clamp(1.0, limits.max_block_step)
-    step = torch.where(units > 0, found, torch.zeros_like(found))
-    scaled = blocks * (c * 2.0**-UNIT_EXPONENT) * step.clamp(min=1.0).reciprocal()[:, None]
-    codes = scaled.clamp_(-_INT4_LARGEST, _INT4_LARGEST).round_().int()
-    return (codes * step.int()[:, None]).view(d.shape)
+    flat = d.reshape(-1, limits.delta_block)
+    packed, steps = delta_int4.encode(flat, c, UNIT_EXPONENT)
+    out = torch.zeros_like(flat, dtype=torch.int32)
+    delta_int4.apply(out, packed, steps)
+    return out.view(d.shape)
 
 
 def _check(d: Tensor) -> None:
@@ -176,40 +173,40 @@ def scatter(values: Tensor, spans: Sequence[Span], out: Tensor) -> None:
 # -- picks -------------------------------------------------------------------------------------------------------------
 
 
-def _picks(d: Tensor, c: float, k: int, two_bit: bool, flat: FlatMap) -> Tensor:
+def _picks(d: Tensor, c: float, k: int, two_sizes: bool, flat: FlatMap) -> Tensor:
     out = torch.empty(d.shape, dtype=torch.int32, device=d.device)
     for start, stop in flat.stretches:
         values = d[:, start:stop].contiguous()
         if (stop - start) % limits.topk_stretch == 0:
-            decoded = _decoded_picks(values.view(-1, limits.topk_stretch), c, k, two_bit).view_as(values)
+            decoded = _decoded_picks(values.view(-1, limits.topk_stretch), c, k, two_sizes).view_as(values)
         else:  # a last stretch is shorter: peers may not be joined
-            decoded = torch.stack([_decoded_picks(peer.view(1, -1), c, k, two_bit).view(-1) for peer in values])
+            decoded = torch.stack([_decoded_picks(peer.view(1, -1), c, k, two_sizes).view(-1) for peer in values])
         out[:, start:stop] = decoded
     return out
 
 
-def _decoded_picks(values: Tensor, c: float, k: int, two_bit: bool) -> Tensor:
+def _decoded_picks(values: Tensor, c: float, k: int, two_sizes: bool) -> Tensor:
     picks, exponents = delta_topk.encode(values, c, UNIT_EXPONENT, k)
     decoded = torch.zeros_like(values, dtype=torch.int32)
-    delta_topk.apply(decoded, picks, exponents, k)
-    return _two_magnitudes(values, decoded, c) if two_bit else decoded
+    if two_sizes:
+        place = torch.arange(len(picks), device=picks.device) // k * limits.topk_stretch + (picks.long() >> 1)
+        units = (values.reshape(-1)[place].abs() * (c * 2.0**-UNIT_EXPONENT)).clamp(max=float(limits.max_step)).round().long()
+        steps = two_sizes_of(units, k)
+        decoded.view(-1)[place] = torch.where((picks & 1) != 0, -steps, steps).int()
+    else:
+        delta_topk.apply(decoded, picks, exponents, k)
+    return decoded
 
 
-def _two_magnitudes(values: Tensor, decoded: Tensor, c: float) -> Tensor:
-    """Of every stretch the picked values (+-2**e in `decoded`) as +-L or +-2 L, L the power of two up to 2**e that loses least."""
-    size = values.numel()
-    short = -size % limits.topk_stretch
-    wanted = torch.nn.functional.pad(values.reshape(-1) * (c * 2.0**-UNIT_EXPONENT), (0, short)).view(-1, limits.topk_stretch)
-    sign = torch.nn.functional.pad(decoded.reshape(-1), (0, short)).view(-1, limits.topk_stretch).sign()
-    level = decoded.abs().reshape(-1)
-    level = torch.nn.functional.pad(level, (0, short)).view(-1, limits.topk_stretch).amax(1, keepdim=True)
-    least = torch.full_like(level, math.inf, dtype=torch.float64)
-    chosen = torch.zeros_like(sign)
-    for halvings in range(3):
-        low = (level >> halvings).clamp(min=1)
-        trial = sign * torch.where(wanted.abs() > 1.5 * low, 2 * low, low)
-        lost = torch.where(sign != 0, (wanted - trial).double().square(), 0.0).sum(1, keepdim=True)
-        better = lost < least
-        chosen = torch.where(better, trial, chosen)
-        least = torch.where(better, lost, least)
-    return chosen.reshape(-1)[:size].view(values.shape).int()
+def two_sizes_of(units: Tensor, k: int) -> Tensor:
+    """Magnitudes of picks, int64 units, k to a stretch -> 2**e or 3 * 2**e, e of each stretch that with the least squared error."""
+    short = -len(units) % k
+    rows = torch.nn.functional.pad(units, (0, short)).view(-1, k)
+    real = torch.nn.functional.pad(torch.ones_like(units), (0, short)).view(-1, k)
+    middle = (torch.frexp((rows.sum(1) // real.sum(1)).double()).exponent.long() - 1).clamp(min=0)
+    tried = [(middle + beside).clamp(0, limits.topk_max_exponent - 2) for beside in _EXPONENTS_TRIED]
+    sizes = torch.stack([torch.where(rows > (2 << e)[:, None], (3 << e)[:, None], (1 << e)[:, None]) for e in tried])
+    lost = ((rows - sizes).square() * real).sum(2)
+    first = (lost == lost.amin(0)).to(torch.int8).argmax(0)
+    best = sizes.gather(0, first[None, :, None].expand(1, *rows.shape))[0]
+    return torch.where(rows.sum(1, keepdim=True) > 0, best, torch.zeros_like(best)).reshape(-1)[: len(units)]

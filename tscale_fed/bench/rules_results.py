@@ -68,6 +68,25 @@ class Results:
         self.settings.append({**settings, "call": len(self.calls) - 1})
         self.write()
 
+    def merge(self, other: Results) -> None:
+        """Add the rows of another file that this one lacks, with their calls, and write. Raises OSError."""
+        first = len(self.calls)
+        self.calls.extend(other.calls)
+        for run, settings in zip(other.runs, other.settings, strict=True):
+            if not self.has(run.name, run.seed, settings):
+                self.runs.append(run)
+                self.settings.append({**settings, "call": settings["call"] + first})
+        self.write()
+
+    def every_settings(self) -> list[dict[str, Any]]:
+        """All that differ, in the order in which they were run."""
+        found: list[dict[str, Any]] = []
+        for settings in self.settings:
+            known = {name: value for name, value in settings.items() if name != "call"}
+            if known not in found:
+                found.append(known)
+        return found
+
     def write(self) -> None:
         """The JSON file and the curves beside it. Raises OSError."""
         runs = [{**run.values(), "settings": settings} for run, settings in zip(self.runs, self.settings, strict=True)]

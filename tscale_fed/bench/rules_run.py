@@ -214,7 +214,8 @@ class RowRun:
 
     def _settle_last(self, tick: int) -> None:
         if tick == self.ticks and self._meeting is not None:
-            self.result.displacement = self._meeting.displacement_rms
+            rms = self._meeting.displacement_rms
+            self.result.displacement = rms if math.isfinite(rms) else 0.0
             self._meeting.settle()
 
     def _point(self, tick: int) -> None:
