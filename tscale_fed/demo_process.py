@@ -24,11 +24,13 @@ PROGRAM = "import sys; from tscale_fed.cli import peer_main; sys.exit(peer_main(
 class DemoProcess:
     """A peer with a home of its own under `folder`. `label` is what the demo calls it."""
 
-    def __init__(self, label: str, folder: Path, clock: Clock) -> None:
+    def __init__(self, label: str, folder: Path, clock: Clock, start_s: float = DEMO_START_S) -> None:
+        """`start_s`: how long it may take until it trains."""
         self.label = label
         self.home = folder / label
         self.log = folder / f"{label}.log"
         self._clock = clock
+        self._start_s = start_s
         self._client = AsyncControlClient(self.home)
         self._process: asyncio.subprocess.Process | None = None
 
@@ -49,12 +51,12 @@ class DemoProcess:
 
     async def _until_training(self) -> Status:
         begun = self._clock.now()
-        while self._clock.now() - begun < DEMO_START_S:
+        while self._clock.now() - begun < self._start_s:
             status = await self.snapshot()
             if status is not None and status.phase == "training":
                 return status
             await self._clock.sleep(DEMO_POLL_S)
-        raise Refused("demo-slow", f"the {self.label} does not train after {DEMO_START_S:.0f} s; its last lines:\n{self.last_lines()}")
+        raise Refused("demo-slow", f"the {self.label} does not train after {self._start_s:.0f} s; its last lines:\n{self.last_lines()}")
 
     async def snapshot(self) -> Status | None:
         """Its state now; None if it does not answer (yet). Raises Refused if the process has ended."""
