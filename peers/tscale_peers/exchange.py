@@ -178,10 +178,16 @@ class Exchange:
 
     # -- receive -------------------------------------------------------------------------------------------------------
 
-    def prepare(self, packet: Packet) -> None:
-        """Upload a checked packet ahead, on any thread but the meeting's; complete when this returns."""
+    def prepared(self, packet: Packet) -> Packet:
+        """A checked packet, uploaded ahead, on any thread but the meeting's; complete when this returns."""
         with self._uploads:
             prepare(packet.delta, self.replica.device)
+        return packet
+
+    @property
+    def busy(self) -> bool:
+        """May a device still be at work for the exchange?"""
+        return self.replica.device.type != "cpu" or self.weights.device.type != "cpu"
 
     def wait(self) -> None:
         """Wait until the device has done what was launched here. Packets that were uploaded ahead must outlive it: this lets them go."""

@@ -170,6 +170,8 @@ sets_heard_per_s, sets_heard_burst = 2.0, 8.0
 listened to as told, so that two honest clocks never disagree."""
 verify_queue_packets = 64
 """Packets of one neighbour that wait for their signature check: twice what it may owe. More is a flood."""
+verify_queue_bytes = verify_queue_packets << 19
+"""No packet is larger than a bulk message, so the count is what binds."""
 log_retry_s = 10.0
 """Nothing is pulled for so long after the log could not be written: a full disk does not empty itself within a second."""
 rate_time_constant_s = 30.0
@@ -181,6 +183,9 @@ min_share = 0.01
 
 # -- meeting, joining, leaving (lead) -----------------------------------------------------------------------------------
 
+receive_time_fraction = 0.01
+"""Applying packets may take this part of the time: at each meeting for small models, for large ones now and then, many at once, which costs
+less. Before a publication, and while not training, at once."""
 hash_time_fraction = 0.02
 """Hashing the basepoint may take this part of the time; small models are hashed at each meeting, large ones now and then."""
 inbox_bytes = 64 << 20
@@ -289,3 +294,30 @@ spacing_weight = 0.1
 sum_lag = 10
 """Sums of one chunk may be so many numbers behind those of another: half of what logs keep."""
 refusals_kept = 64
+
+# -- spreading.py, relay.py --------------------------------------------------------------------------------------------
+
+owners_from_peers = 8
+"""Peers that may own chunks from which "auto" gives work to owners: 8 peers receive 1.75 payloads per interval then instead of 7, and their
+loss is 1 to 2 % above that of flooding (`tscale bench spread`); below, there is little to save."""
+owners_slack_peers = 2
+"""Work goes to everybody again when so many fewer are left."""
+owners_payloads = 3.0
+"""Payloads that a peer receives per interval with owners: one of sums, one of contributions, one passed on (`tscale bench spread`)."""
+owners_look_s = 5.0
+"""Owners and ways are looked at again at least this often, and whenever somebody comes or goes or links change."""
+node_bytes = 8
+"""Of a public key, to name its peer among links."""
+record_max_links = 32
+"""Links that a peer states: the other end states them too, so a seed need not name them all."""
+contribution_hops = 8
+"""Links that a contribution may pass: twice what 256 peers need."""
+contributions_per_s, contributions_burst = 500.0, 8192.0
+"""Contributions that one neighbour may send, own and passed on: 1500 chunks of a 1.5B model three times a minute, and all at once."""
+contributions_queued = 1024
+contributions_queued_bytes = 32 << 20
+"""Contributions of one neighbour that wait for their check; more is dropped, and taken back by their authors."""
+relay_flush_s = 0.05
+"""While contributions wait for a link, it is looked at so often: 20 MB/s at `bulk_pending_bytes` each."""
+relay_queue_bytes = 32 << 20
+"""Contributions of others that wait for one link: 2.5 s at 100 Mbit/s."""

@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from tscale_net.errors import Refused
 from tscale_net.ports import Clock
 from tscale_peers import limits
+from tscale_peers.average import RunningAverage
 from tscale_peers.basepoint import Replica
 from tscale_peers.exchange import Exchange, Receipt
 from tscale_peers.gossip import Key, PacketStore
+from tscale_peers.inbox import Inbox
+from tscale_peers.meeting_time import MeetingTime
+from tscale_peers.outgoing import Outgoing, Sent
 from tscale_peers.packet import Packet
+from tscale_peers.state_reading import State
+from tscale_peers.summing import Summing
+
+S = TypeVar("S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,12 @@ class Met:
     """Packets that were offered but are neither in memory nor in the log any more."""
     withheld: Refused | None = None
     """Why a publication that was due did not take place; its content stays in the displacement."""
+    given: tuple[tuple[Key, bytes], ...] = ()
+    """Own contributions to send, each with its owner's public key."""
+    given_bytes: int = 0
+    """Size of all of this moment's, those to this peer itself included."""
+    sums: tuple[tuple[Key, bytes], ...] = ()
+    """Sums of chunks that this peer owns, to spread as packets."""
 
 
 class MeetingPoint:
@@ -64,7 +80,9 @@ class MeetingPoint:
         publish_every_steps: int,
         clock: Clock,
         decode: Callable[[bytes], Packet],
+        helper: Executor | None = None,
     ) -> None:
+        """helper: one thread that hashes beside training; None: hashing is done at once."""
         self.exchange = exchange
         self.replica = replica
         self.share = 1.0
@@ -72,29 +90,28 @@ class MeetingPoint:
         self.may_publish = False
         """Set by the event loop: joined, not leaving, uplink free."""
         self.post: Callable[[Met], None] = lambda met: None
-        self._store = store
+        self.summing: Summing | None = None
+        """Owners' work, where the run allows it."""
+        self.average: RunningAverage | None = None
+        """Kept up to date by every meeting."""
+        self.time = MeetingTime(clock)
+        """What meetings have cost so far."""
         self.publish_every_steps = publish_every_steps
         self._clock = clock
-        self._decode = decode
-        self._inbox: deque[tuple[Key, Packet | None, int]] = deque()
-        """Key; the packet, and its bytes in memory, or None and 0 if it is read back from the log."""
-        self._inbox_bytes = 0
-        self._inbox_lock = threading.Lock()
+        self._helper = helper
+        self._inbox = Inbox(store, decode)
+        self._outgoing = Outgoing(exchange)
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._lock = threading.RLock()
         self._published_at_step = 0
         self.last_progress = Progress(0, 0, 0, float("nan"), False)
-        self._hash_cost_s = 0.0
+        self._receive_after = 0.0
         self._hash_after = 0.0
+        self._reading: Future[State | None] | None = None
 
     def offer(self, key: Key, packet: Packet | None = None, nbytes: int = 0) -> None:
-        """A packet that is checked and in the log, to be applied at the next meeting; nbytes: what it takes in memory. Any thread. Beyond
-        `inbox_bytes` only its key is kept, and it is read back from the log."""
-        with self._inbox_lock:
-            if packet is None or self._inbox_bytes + nbytes > limits.inbox_bytes:
-                packet, nbytes = None, 0
-            self._inbox.append((key, packet, nbytes))
-            self._inbox_bytes += nbytes
+        """A packet that is checked and in the log, to be applied at a later meeting; nbytes: what it takes in memory. Any thread."""
+        self._inbox.offer(key, packet, nbytes)
 
     def between_steps(self, work: Callable[[], None]) -> Future[None]:
         """Have `work` done by the next meeting, on its thread: whatever writes weights while a training thread owns them. Any thread. The
@@ -117,22 +134,28 @@ class MeetingPoint:
         self._published_at_step = progress.steps
 
     def meet(self, progress: Progress) -> Met:
-        """Receive, publish if due, hash if affordable (always while not training: only what changed is hashed). Returns what was done,
-        which is also posted to the event loop.
+        """Receive and hash as far as affordable (always while not training), publish if due. Returns what was done, which is also posted to
+        the event loop.
 
         Raises Refused("not-finite") if local training has diverged. Any other refusal of a publication is in `Met.withheld`.
         """
-        with self._lock:
+        with self._entered():
             if progress.trained:
                 self.exchange.mark_trained()
             self.last_progress = progress
             self._run_errands()
-            receipts, lost = self._receive()
             due = self.may_publish and progress.steps - self._published_at_step >= self.publish_every_steps
-            published, keep, withheld = self._publish(progress, self.share) if due else ((), 1.0, None)
-            if withheld is not None and withheld.code == "not-finite":
-                raise withheld
-            met = Met(progress, receipts, published, keep, self._state(forced=not progress.trained), lost, withheld)
+            begins = due and not self._outgoing.under_way
+            receipts, lost = self._receive(at_once=begins or not progress.trained)
+            if begins:
+                self._begin(progress.batches, self.share, by_owners=True)
+            sent = self._advance()
+            if sent.withheld is not None and sent.withheld.code == "not-finite":
+                raise sent.withheld
+            sums = tuple(self.summing.meet()) if self.summing is not None else ()
+            if self.average is not None:
+                self.average.take_due_cuts(self._clock.wall())
+            met = self._met(receipts, sent, self._state(forced=not progress.trained), lost, sums)
         self.post(met)
         return met
 
@@ -142,23 +165,43 @@ class MeetingPoint:
         return self.meet(Progress(last.steps, last.batches, last.tokens, last.train_loss, trained=False))
 
     def publish_now(self, share: float) -> Met:
-        """One publication regardless of cadence, when leaving."""
-        with self._lock:
+        """One publication to everybody regardless of cadence, when leaving."""
+        self._finish_outgoing()
+        with self._entered():
             receipts, lost = self._receive()
-            published, keep, withheld = self._publish(self.last_progress, share)
-            met = Met(self.last_progress, receipts, published, keep, self._state(forced=True), lost, withheld)
+            self._begin(self.last_progress.batches, share, by_owners=False)
+            met = self._met(receipts, self._outgoing.finish(), self._state(forced=True), lost)
+        self.post(met)
+        return met
+
+    def finish_sums(self) -> Met:
+        """Publish what contributions wait here, and take over what is left of them, when leaving."""
+        self._finish_outgoing()
+        with self._entered():
+            receipts, lost = self._receive()
+            sums = tuple(self.summing.finish()) if self.summing is not None else ()
+            met = self._met(receipts, Sent(), self._state(forced=True), lost, sums)
         self.post(met)
         return met
 
     def settle(self) -> tuple[bytes, bytes]:
-        """Apply everything waiting and hash: the state as of now."""
-        with self._lock:
+        """Apply everything waiting, own packets that are being made included, and hash: the state as of now."""
+        self._finish_outgoing()
+        with self._entered():
             receipts, lost = self._receive()
             state = self._state(forced=True)
             assert state is not None
-            met = Met(self.last_progress, receipts, (), 1.0, state, lost)
+            met = self._met(receipts, Sent(), state, lost)
         self.post(met)
         return state
+
+    def _finish_outgoing(self) -> None:
+        """Wait for what is under way, and tell the event loop of it."""
+        with self._entered():
+            if not self._outgoing.under_way:
+                return
+            met = self._met((), self._outgoing.finish(), None, 0)
+        self.post(met)
 
     def load_chunks(self, chunks: dict[int, bytes]) -> list[int]:
         """Replace chunks of the basepoint by a donor's; the displacement, and so private work, is kept, except in the chunks returned
@@ -168,18 +211,21 @@ class MeetingPoint:
 
     def drop_displacement(self) -> None:
         """Give up private work that is too old: W = B."""
+        self._finish_outgoing()
         with self._lock:
             self.exchange.drop_displacement()
 
     def keep_unpublished(self, saved: Tensor | None) -> None:
         """See Exchange.keep_unpublished."""
+        self._finish_outgoing()
         with self._lock:
             self.exchange.keep_unpublished(saved)
 
-    def checkpointed(self, paid: bytes) -> None:
-        """A checkpoint with this `paid` is durable: the log may let go of what it contains."""
+    def checkpointed(self, paid: bytes, pledges: bytes | None = None) -> None:
+        """A checkpoint with these (default: the present pledges) is durable: the logs may let go of what it contains."""
         with self._lock:
             self.exchange.checkpointed(paid)
+            self.exchange.pledges.checkpointed(pledges)
 
     def displacement_norm(self) -> float:
         with self._lock:
@@ -200,54 +246,92 @@ class MeetingPoint:
                 else:
                     done.set_result(None)
 
-    def _receive(self) -> tuple[tuple[Receipt, ...], int]:
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """Alone with the exchange; on the way out the device has done what it was given."""
+        if not self._lock.acquire(blocking=False):
+            with self.time.of("wait"):
+                self._lock.acquire()
+        try:
+            yield
+            if self.exchange.busy:
+                with self.time.of("wait"):
+                    self.exchange.wait()
+        finally:
+            self._lock.release()
+
+    def _met(
+        self,
+        receipts: tuple[Receipt, ...],
+        sent: Sent,
+        state: tuple[bytes, bytes] | None,
+        lost: int,
+        sums: tuple[tuple[Key, bytes], ...] = (),
+    ) -> Met:
+        unplaced, self.exchange.unplaced = self.exchange.unplaced, []
+        return Met(
+            self.last_progress, (*receipts, *unplaced), sent.published, sent.momentum_keep, state, lost, sent.withheld, sent.given,
+            sent.given_bytes, sums,
+        )  # fmt: skip
+
+    def _receive(self, at_once: bool = True) -> tuple[tuple[Receipt, ...], int]:
         """Receipts of everything that waited, and how many packets were lost meanwhile. Part by part, so that memory stays bounded however
-        much has piled up in the log."""
-        with self._inbox_lock:
-            left = len(self._inbox)
+        much has piled up in the log. Not at once: only if it is affordable, or the inbox fills up."""
+        left = len(self._inbox)
+        if left == 0 or not (at_once or self._inbox.half_full or self._clock.now() >= self._receive_after):
+            return (), 0
         receipts: list[Receipt] = []
         lost = 0
-        while left > 0:
-            taken, packets = self._next_part(left)
-            left -= taken
-            lost += taken - len(packets)
-            receipts += self.exchange.receive(packets)
+        before = self.time.spent.receive
+        with self.time.of("receive"):
+            while left > 0:
+                taken, packets = self._inbox.take(left)
+                left -= taken
+                lost += taken - len(packets)
+                receipts += self.exchange.receive(packets)
+            self.exchange.wait()
+        cost_s = self.time.spent.receive - before
+        self._receive_after = self._clock.now() + cost_s / limits.receive_time_fraction
         return tuple(receipts), lost
 
-    def _next_part(self, most: int) -> tuple[int, list[Packet]]:
-        """(how many were taken from the inbox, those that could be read), up to `inbox_bytes`."""
-        packets: list[Packet] = []
-        taken = size = 0
-        while taken < most and size < limits.inbox_bytes:
-            with self._inbox_lock:
-                key, packet, nbytes = self._inbox.popleft()
-                self._inbox_bytes -= nbytes
-            taken += 1
-            if packet is None:
-                body = self._store.get(key)
-                if body is None:
-                    continue
-                packet, nbytes = self._decode(body), len(body)
-            size += nbytes
-            packets.append(packet)
-        return taken, packets
+    def _begin(self, batches: int, share: float, by_owners: bool) -> None:
+        """Own work, to everybody or, where there are any, to owners. If it is refused, it is tried again after as many steps as always."""
+        self._published_at_step = self.last_progress.steps
+        with self.time.of("publish"):
+            if by_owners and self.summing is not None and self.summing.plan.owners:
+                self._outgoing.contribute(self.summing, batches, share)
+            else:
+                self._outgoing.publish(batches, share)
 
-    def _publish(self, progress: Progress, share: float) -> tuple[tuple[tuple[Key, bytes], ...], float, Refused | None]:
-        """A publication that is refused is tried again after as many steps as always."""
-        self._published_at_step = progress.steps
-        try:
-            bodies, keep = self.exchange.publish(progress.batches, share)
-        except Refused as refusal:
-            return (), 1.0, refusal
-        keys = [Packet.peek_key(body) for body in bodies]
-        return tuple((key, body) for key, body in zip(keys, bodies, strict=True) if key is not None), keep, None
+    def _advance(self) -> Sent:
+        if not self._outgoing.under_way:
+            return Sent()
+        with self.time.of("publish"):
+            return self._outgoing.advance()
 
     def _state(self, forced: bool) -> tuple[bytes, bytes] | None:
-        now = self._clock.now()
-        if not forced and now < self._hash_after:
+        """The newest state that is known by now: at once if `forced`; else, with a helper, that of an earlier meeting."""
+        if forced:
+            return self._read(self.replica.state)
+        if self._reading is not None:
+            if not self._reading.done():
+                return None
+            state = self._reading.result()
+            self._reading = None
+            return state
+        if self._clock.now() < self._hash_after:
             return None
-        state = self.replica.state()
-        self._hash_cost_s = self._clock.now() - now
-        self._hash_after = now + self._hash_cost_s / limits.hash_time_fraction
-        return state
+        if self._helper is None:
+            with self.time.of("hash"):
+                return self._read(self.replica.state)
+        with self.time.of("hash"):
+            reading = self.replica.begin_reading()
+        self._reading = self._helper.submit(self._read, lambda: self.replica.read_state(reading))
+        return None
 
+    def _read(self, read: Callable[[], S]) -> S:
+        """Read the state; the next time may come when this time was little enough of it."""
+        begun = self._clock.now()
+        state = read()
+        self._hash_after = begun + (self._clock.now() - begun) / limits.hash_time_fraction
+        return state

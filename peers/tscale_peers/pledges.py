@@ -24,7 +24,7 @@ import msgspec
 
 from tscale_peers import included, limits
 from tscale_peers.errors import refuse
-from tscale_peers.packet import Packet, Terms
+from tscale_peers.packet import Key, Packet, Terms
 from tscale_peers.packet_log import PacketLog
 
 SAVED_VERSION = 1
@@ -96,7 +96,15 @@ class Pledges:
 
     def give(self, contributions: Sequence[tuple[bytes, Packet]], now: float) -> None:
         """Own contributions, (bytes, packet), are about to be sent. Raises Refused("log-write"); then none of them counts."""
+        self.keep(contributions)
+        self.note(contributions, now)
+
+    def keep(self, contributions: Sequence[tuple[bytes, Packet]]) -> None:
+        """The first half of `give`, on any thread: they are in the log, synced, when this returns. Raises Refused("log-write")."""
         self._log.append_all([(body, packet.key) for body, packet in contributions], fsync=True)
+
+    def note(self, contributions: Sequence[tuple[bytes, Packet]], now: float) -> None:
+        """The second half: they count as given."""
         for _, packet in contributions:
             self._highest = max(self._highest, packet.seq)
             self._given.setdefault(packet.chunk, _Given()).open[packet.seq] = (packet.header.owner, now)
@@ -104,6 +112,10 @@ class Pledges:
         if self._given_at is not None:
             self._spacing_s = now - self._given_at
         self._given_at = now
+
+    def body(self, key: Key) -> bytes | None:
+        """One own contribution, to be sent. Any thread."""
+        return self._log.get(key)
 
     def open_to(self, chunk: int) -> list[Packet]:
         """Contributions to a chunk that d still holds and that must not be encoded again."""
@@ -183,25 +195,34 @@ class Pledges:
 
     def encode(self) -> bytes:
         """For a checkpoint, together with d."""
+        return msgspec.msgpack.encode(self._state())
+
+    def checkpointed(self, saved: bytes | None = None) -> None:
+        """A checkpoint with `saved` (default: the present state) is durable: the log must keep what is open in it, and what came after."""
+        state = _decode(saved) if saved is not None else self._state()
+        needed = [number for entry in state.chunks for number, _ in entry.open]
+        self._log.hold(self._stream_key, min(needed, default=state.highest + 1))
+
+    def _state(self) -> _Saved:
         chunks = [
             _SavedChunk(chunk, [(number, owner) for number, (owner, _) in given.open.items()], list(given.back))
             for chunk, given in sorted(self._given.items())
         ]
-        return msgspec.msgpack.encode(_Saved(SAVED_VERSION, self._highest, self.batches, self.listed_batches, chunks))
-
-    def checkpointed(self) -> None:
-        """The present state is saved: the log must keep what is open, and what is given from now on."""
-        needed = [number for given in self._given.values() for number in given.open]
-        self._log.hold(self._stream_key, min(needed, default=self._highest + 1))
+        return _Saved(SAVED_VERSION, self._highest, self.batches, self.listed_batches, chunks)
 
     def _restore(self, saved: bytes, now: float) -> None:
-        try:
-            state = msgspec.msgpack.decode(saved, type=_Saved)
-        except (msgspec.DecodeError, RecursionError, ValueError) as error:
-            raise refuse("bad-checkpoint", f"the checkpoint's list of contributions cannot be read: {error}") from None
-        if state.version != SAVED_VERSION:
-            raise refuse("bad-checkpoint", f"the checkpoint's list of contributions has format {state.version}, not {SAVED_VERSION}")
+        state = _decode(saved)
         self._highest, self.batches, self.listed_batches = state.highest, state.batches, state.listed_batches
         for entry in state.chunks:
             open_ = {number: (owner, now) for number, owner in entry.open}
             self._given[entry.chunk] = _Given(open_, dict.fromkeys(entry.back))
+
+
+def _decode(saved: bytes) -> _Saved:
+    try:
+        state = msgspec.msgpack.decode(saved, type=_Saved)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
+        raise refuse("bad-checkpoint", f"the checkpoint's list of contributions cannot be read: {error}") from None
+    if state.version != SAVED_VERSION:
+        raise refuse("bad-checkpoint", f"the checkpoint's list of contributions has format {state.version}, not {SAVED_VERSION}")
+    return state

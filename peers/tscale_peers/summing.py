@@ -18,9 +18,11 @@ from tscale_net.errors import Refused
 from tscale_net.ports import Clock
 from tscale_peers import limits
 from tscale_peers.accumulator import Accumulators
+from tscale_peers.drafting import Drafting
 from tscale_peers.exchange import Exchange
 from tscale_peers.layout import Chunk
 from tscale_peers.packet import PACKET_VERSION, SUM_STREAM, Header, Key, Packet, stream_key
+from tscale_peers.publisher import Draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,14 @@ class Plan:
     """Is the peer with this public key dead, or has it left?"""
 
 
-class _Draft(NamedTuple):
+class Given(NamedTuple):
+    """Contributions of one moment, durable and noted as given, and the factor for the trainer's momentum."""
+
+    drafts: list[Draft]
+    momentum_keep: float
+
+
+class _Sum(NamedTuple):
     packet: Packet
     body: bytes
     batches: int
@@ -62,25 +71,40 @@ class Summing:
 
     # -- giving --------------------------------------------------------------------------------------------------------
 
-    def contribute(self, batches: int, share: float) -> tuple[list[bytes], float]:
-        """Contributions for other owners to send, and the factor for the trainer's momentum. batches: own ones in this stream, all of them.
+    def contribute(self, batches: int, share: float) -> tuple[list[tuple[bytes, Packet]], float]:
+        """Contributions of this moment, and the factor for the trainer's momentum. batches: own ones in this stream, all of them.
+
+        Those to other owners are for the caller to send.
 
         Raises Refused: "not-finite", "log-write"; then nothing has changed.
         """
-        exchange, plan = self._exchange, self.plan
+        given = self.begin(batches, share).finish()
+        return [(draft.body, draft.packet) for draft in given.drafts], given.momentum_keep
+
+    def begin(self, batches: int, share: float) -> Drafting[Draft, Given]:
+        """The same beside training (drafting.py): the caller advances it at this meeting and the following ones."""
+        exchange, owners = self._exchange, self.plan.owners
         coefficient = min(exchange.rule.share_scale * share, exchange.terms.max_coefficient)
         fresh = max(0, batches - exchange.pledges.batches - self._published_batches())
-        given = []
-        for chunk in exchange.replica.layout.chunks:
-            owner = plan.owners[chunk.index]
-            if owner is not None and exchange.pledges.may_give(chunk.index):
-                given.append(self._contribution(chunk, owner, fresh, coefficient))
-        exchange.pledges.give(given, self._clock.now())
-        for _, packet in given:
-            if packet.header.owner == exchange.signer.public_key:
-                self._take_own(packet)
-        keep = share if exchange.rule.momentum_keep == "share" else 1.0
-        return [body for body, packet in given if packet.header.owner != exchange.signer.public_key], keep
+        number = exchange.pledges.next_number
+        chunks = [c for c in exchange.replica.layout.chunks if owners[c.index] is not None and exchange.pledges.may_give(c.index)]
+
+        def make(chunk: Chunk, payload: bytes) -> Draft:
+            owner = owners[chunk.index]
+            assert owner is not None
+            return self._contribution(chunk, owner, payload, number, fresh, coefficient)
+
+        def keep(drafts: list[Draft]) -> None:
+            exchange.pledges.keep([(draft.body, draft.packet) for draft in drafts])
+
+        def settle(drafts: list[Draft]) -> Given:
+            exchange.pledges.note([(draft.body, draft.packet) for draft in drafts], self._clock.now())
+            for draft in drafts:
+                if draft.packet.header.owner == exchange.signer.public_key:
+                    self._take_own(draft.packet)
+            return Given(drafts, share if exchange.rule.momentum_keep == "share" else 1.0)
+
+        return exchange.drafting(chunks, coefficient, make, keep, settle)
 
     def _take_own(self, packet: Packet) -> None:
         try:
@@ -93,15 +117,14 @@ class Summing:
         with self._exchange.replica.lock:
             return self._exchange.replica.applied.batches.get(self._exchange.stream_key, 0)
 
-    def _contribution(self, chunk: Chunk, owner: bytes, batches: int, coefficient: float) -> tuple[bytes, Packet]:
+    def _contribution(self, chunk: Chunk, owner: bytes, payload: bytes, number: int, batches: int, coefficient: float) -> Draft:
         exchange = self._exchange
-        payload = exchange.encoded(chunk, coefficient)
         header = Header(
             version=PACKET_VERSION,
             run=exchange.terms.run,
             author=exchange.signer.public_key,
             stream=exchange.stream,
-            seq=exchange.pledges.next_number,
+            seq=number,
             chunk=chunk.index,
             batches_total=batches,
             coefficient=coefficient,
@@ -110,7 +133,7 @@ class Summing:
             owner=owner,
         )
         delta = exchange.terms.codec_of(chunk).open(payload, chunk)
-        return Packet.seal(header, payload, exchange.signer.sign), Packet(header, delta)
+        return Draft(Packet(header, delta), Packet.seal(header, payload, exchange.signer.sign))
 
     # -- summing -------------------------------------------------------------------------------------------------------
 
@@ -144,7 +167,7 @@ class Summing:
             self._exchange.receive([draft.packet])
         return [(draft.packet.key, draft.body) for draft in drafts]
 
-    def _draft(self, chunk: Chunk) -> _Draft | None:
+    def _draft(self, chunk: Chunk) -> _Sum | None:
         """The sum of one chunk, checked against everything that could refuse it later. Changes nothing."""
         exchange = self._exchange
         payload, listed, batches = self.sums.encode_sum(chunk)
@@ -170,7 +193,7 @@ class Summing:
         except Refused as refusal:
             self.refused.append(refusal)
             return None
-        return _Draft(packet, Packet.seal(header, payload, exchange.signer.sign), batches)
+        return _Sum(packet, Packet.seal(header, payload, exchange.signer.sign), batches)
 
     def _next_seq(self, chunk: int) -> int:
         """Without gaps, except that a chunk far behind the others catches up: logs drop a stream's lowest numbers first."""
