@@ -19,8 +19,13 @@ from tscale_peers.intake import Intake
 from tscale_peers.manifest import RunManifest
 from tscale_peers.meeting import MeetingPoint
 from tscale_peers.notices import NoticeBoard
-from tscale_peers.packet import Packet, Terms
+from tscale_peers.packet import Packet, Terms, stream_key
+from tscale_peers.packet_log import MemoryLog
 from tscale_peers.peer import Author, Outside, PeerSettings, SwarmPeer
+from tscale_peers.pledges import Pledges
+from tscale_peers.relay import Relay
+from tscale_peers.spreading import Spreading
+from tscale_peers.summing import Summing
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +52,13 @@ class RunTerms:
 
 
 class Saved(NamedTuple):
-    """What a checkpoint keeps of the exchange, beside weights and replica: the displacement, and the own packets it has paid."""
+    """What a checkpoint keeps of the exchange, beside weights and replica: the displacement, the own packets it has paid, the contributions
+    it has given to owners, and what this peer summed as an owner."""
 
     displacement: Tensor
     paid: bytes
+    pledges: bytes | None = None
+    sums: bytes = b""
 
 
 def assemble(
@@ -66,23 +74,31 @@ def assemble(
     board: NoticeBoard,
     joined: bool,
     saved: Saved | None = None,
+    pledge_log: PacketLog | None = None,
 ) -> SwarmPeer:
     """A peer around these parts. `joined`: the replica is filled already (start weights or checkpoint); otherwise it holds back until a
     snapshot is here (joining.fetch_snapshot). `weights`: the live flat fp32 weights, any device, changed in place; set to the basepoint
     unless `saved` comes from the same checkpoint."""
     terms = run.terms
     signer = Signer(author.public_key, author.sign)
-    displacement, paid = saved if saved is not None else (None, None)
+    displacement, paid, given, sums = saved if saved is not None else (None, None, None, b"")
+    pledges = Pledges(stream_key(author.public_key, stream), pledge_log or MemoryLog(), terms, given, outside.clock.now())
     exchange = Exchange(
-        replica, weights, run.rule(), signer, stream, log, terms, outside.clock, displacement=displacement, paid=paid
-    )
+        replica, weights, run.rule(), signer, stream, log, terms, outside.clock,
+        displacement=displacement, paid=paid, pledges=pledges,
+    )  # fmt: skip
     every = run.manifest.publish_every_steps
     meeting = MeetingPoint(exchange, replica, log, every, outside.clock, lambda body: Packet.decode(body, terms))
     gossip = Gossip(replica.applied_copy(), len(terms.layout.chunks), log, outside.rng)
     intake = Intake(lambda body: Packet.open(body, terms, outside.verify), gossip, log, meeting)
-    peer = SwarmPeer(
-        run=run.run, author=author, outside=outside, meeting=meeting, gossip=gossip, intake=intake, settings=settings, board=board
+    meeting.summing = Summing(exchange, outside.clock, sums)
+    spreading = Spreading(
+        run.manifest.spread, author.peer_id, author.public_key, terms, outside.verify, meeting.summing, Relay(pledges.body), outside.clock
     )
+    peer = SwarmPeer(
+        run=run.run, author=author, outside=outside, meeting=meeting, gossip=gossip, intake=intake, spreading=spreading,
+        settings=settings, board=board,
+    )  # fmt: skip
     if joined:
         peer.recount_known()
     else:

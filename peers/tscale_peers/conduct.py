@@ -12,7 +12,12 @@ from tscale_net.ports import PeerId
 from tscale_peers import limits
 from tscale_peers.allowance import Allowance
 
-NOT_ITS_FAULT = frozenset({"log-write", "too-many-streams", "too-many-gaps", "equivocation", "out-of-range"})
+NOT_ITS_FAULT = frozenset(
+    {
+        *("log-write", "too-many-streams", "too-many-gaps", "equivocation", "out-of-range"),
+        *("wrong-owner", "contribution-known", "owner-busy", "too-many-hops", "relay-full"),
+    }
+)
 
 
 class Conduct:

@@ -6,8 +6,6 @@ What waits for its signature check is bounded per neighbour, and neighbours take
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -19,6 +17,7 @@ from tscale_peers.delta_log import PacketLog
 from tscale_peers.gossip import Gossip, Key
 from tscale_peers.meeting import MeetingPoint
 from tscale_peers.packet import Packet
+from tscale_peers.turns import Turns
 
 
 class Intake:
@@ -29,27 +28,16 @@ class Intake:
         self._gossip = gossip
         self._log = log
         self._meeting = meeting
-        self._queues: OrderedDict[PeerId, deque[bytes]] = OrderedDict()
-        self._some = asyncio.Event()
+        self._turns = Turns(limits.verify_queue_packets, limits.verify_queue_bytes)
 
     def put(self, source: PeerId, body: bytes) -> None:
         """Raises Refused("flood") if more of this neighbour's waits than it was asked for."""
-        queue = self._queues.setdefault(source, deque())
-        if len(queue) >= limits.verify_queue_packets:
+        if not self._turns.put(source, body):
             raise Refused("flood", "more packets than were asked for")
-        queue.append(body)
-        self._some.set()
 
     async def next(self) -> tuple[PeerId, bytes]:
         """The next packet to check: one of each neighbour in turn."""
-        await self._some.wait()
-        source, queue = self._queues.popitem(last=False)
-        body = queue.popleft()
-        if queue:
-            self._queues[source] = queue
-        if not self._queues:
-            self._some.clear()
-        return source, body
+        return await self._turns.next()
 
     def is_known(self, body: bytes, source: PeerId) -> bool:
         """Is this the very packet that the log has? Then its signature was checked before, and its sender holds it."""

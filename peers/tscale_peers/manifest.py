@@ -46,6 +46,7 @@ MAX_COUNT = 1 << 53
 
 _LATER_FIELDS: dict[str, Any] = {
     "codec_for": {},
+    "spread": "auto",
     "average_window_s": room_limits.average_window_s,
     "average_cuts": room_limits.average_cuts,
 }
@@ -96,6 +97,9 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ed25519 keys that may sign tombstones and certificates; never implied by being a seed."""
     codec_for: dict[str, str] = {}
     """Codecs by tensor class, where they differ from `codec`: names of layout.TENSOR_CLASSES to names of codecs."""
+    spread: Literal["auto", "flood", "owners"] = "auto"
+    """How work reaches the others (spreading.py): packets to everybody ("flood"), contributions to the owners of chunks ("owners"), or the
+    second as soon as there are enough peers."""
     average_window_s: float = room_limits.average_window_s
     """Time of one running average of the basepoint (average.py)."""
     average_cuts: int = room_limits.average_cuts

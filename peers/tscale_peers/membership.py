@@ -162,6 +162,11 @@ class Membership:
         """Records of the others that are live, in a fixed order."""
         return [self._record(p) for p, s in sorted(self._state.items()) if s is State.LIVE and p in self.book]
 
+    def own_record(self) -> PeerRecord | None:
+        """This peer's newest word about itself."""
+        heard = self.book.get(self.me)
+        return heard.record if heard is not None else None
+
     def known(self) -> list[tuple[PeerRecord, State]]:
         return [(self._record(p), s) for p, s in sorted(self._state.items()) if p in self.book]
 

@@ -8,6 +8,7 @@ virtual-time simulation.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -23,13 +24,16 @@ from tscale_peers.gossip import Action, Gossip, NeedChunks, Send
 from tscale_peers.herald import Herald
 from tscale_peers.intake import Intake
 from tscale_peers.leaving import hand_over
+from tscale_peers.measured import NOT_MEASURED
 from tscale_peers.meeting import MeetingPoint, Met
 from tscale_peers.membership import Change, Membership, State
-from tscale_peers.messages import GOSSIP_KINDS, PACKET, RECORDS, decode_records
+from tscale_peers.messages import CONTRIBUTION, GOSSIP_KINDS, PACKET, RECORDS, decode_records
 from tscale_peers.notices import NoticeBoard
+from tscale_peers.packet import Key
 from tscale_peers.pulse import Pulse
 from tscale_peers.records import PeerRecord, RecordBook, author_of
 from tscale_peers.share import CountedRate, RateAverage, share
+from tscale_peers.spreading import Spreading, node_of
 from tscale_peers.surroundings import Author, Outside, PeerSettings
 from tscale_peers.traffic import Traffic
 
@@ -50,6 +54,7 @@ class SwarmPeer:
         meeting: MeetingPoint,
         gossip: Gossip,
         intake: Intake,
+        spreading: Spreading,
         settings: PeerSettings,
         board: NoticeBoard,
     ) -> None:
@@ -58,6 +63,7 @@ class SwarmPeer:
         self.outside = outside
         self.meeting = meeting
         self.gossip = gossip
+        self.spreading = spreading
         self.settings = settings
         self.board = board
         clock, rng = outside.clock, outside.rng
@@ -68,6 +74,8 @@ class SwarmPeer:
         self.conduct = Conduct()
         self.rate = RateAverage()
         self.traffic = Traffic()
+        self.received_bytes: Counter[int] = Counter()
+        """By kind of message, since the start."""
         max_down = outside.download.rate_per_s if outside.download is not None else None
         self.pacer = Pacer(max_down, settings.max_upload_bytes_s, clock.now())
         gossip.may_ask = self._may_ask
@@ -82,15 +90,17 @@ class SwarmPeer:
         self.leaving = False
         self.reload_chunks: Callable[[NeedChunks], None] = lambda need: None
         """Called when packets can only come inside snapshot chunks (joining.py)."""
-        self.swarm_loss = float("nan")
-        """Held-out loss of the basepoint, set by whoever evaluates."""
+        self.measured = NOT_MEASURED
+        """Held-out losses, set by whoever evaluates here."""
         self._intake = intake
         self._state: tuple[bytes, bytes] = (b"", b"")
         self._tokens = CountedRate(self.rate, clock.now())
         self.met_at = clock.now()
         self._retry_refused_at: float | None = None
         self._flush_wanted = False
+        self._flush_later = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.spreading.passed = self._want_flush
         self.pulse = Pulse(self)
 
     # -- life --------------------------------------------------------------------------------------------------------
@@ -104,6 +114,7 @@ class SwarmPeer:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._events())
             tasks.create_task(self._check_packets())
+            tasks.create_task(self.spreading.run(self.off_loop, self._refuse_contribution))
             self.pulse.run(tasks)
 
     async def leave(self, progress: Callable[[str], None] = lambda text: None) -> bool:
@@ -128,8 +139,9 @@ class SwarmPeer:
         return self._count_batches(b"")
 
     def others_batches(self) -> int:
-        """The same without those of this peer's own stream."""
-        return self._count_batches(self.meeting.exchange.stream_key)
+        """The same without this peer's own, in its stream and in sums."""
+        exchange = self.meeting.exchange
+        return max(0, self._count_batches(exchange.stream_key) - exchange.pledges.listed_batches)
 
     def _count_batches(self, without: bytes) -> int:
         most = limits.batches_per_publication * self.meeting.publish_every_steps
@@ -205,6 +217,7 @@ class SwarmPeer:
         self.membership.link_down(event.peer)
         self.gossip.link_down(event.peer)
         self.conduct.link_down(event.peer)
+        self.spreading.link_down(event.peer)
         self.outside.transfers.peer_gone(event.peer)
         self.board.tell("link", f"link to {self.name_of(event.peer)} is down: {event.reason}")
 
@@ -213,8 +226,11 @@ class SwarmPeer:
             return
         if self.outside.transfers.handle(frame):
             return
+        self.received_bytes[frame.kind] += len(frame.body)
         if frame.kind == PACKET:
             self._intake.put(frame.peer, frame.body)
+        elif frame.kind == CONTRIBUTION:
+            self.spreading.put(frame.peer, frame.body)
         elif frame.kind == RECORDS:
             self._learn(decode_records(frame.body), frame.peer)
         elif frame.kind in GOSSIP_KINDS:
@@ -262,6 +278,10 @@ class SwarmPeer:
         self.board.refuse(refusal, self.name_of(source))
         self._blame(refusal, source)
 
+    def _refuse_contribution(self, refusal: Refused, source: PeerId) -> None:
+        self.board.refuse(refusal, self.name_of(source))
+        self._blame(refusal, source)
+
     def _post(self, met: Met) -> None:
         """Called on the meeting's thread."""
         assert self._loop is not None
@@ -280,20 +300,36 @@ class SwarmPeer:
             self.recount_known()
         if met.published:
             self._spread(met)
+        if met.given_bytes:
+            self._give(met)
+        if met.sums:
+            self._announce(met.sums)
         if met.state is not None:
             self._state = met.state
         self._tokens.note(met.progress.tokens, self.met_at)
 
     def _spread(self, met: Met) -> None:
+        self._note_published(sum(len(body) for _, body in met.published), f"delta {met.published[0][0][1]}")
+        self._announce(met.published)
+
+    def _give(self, met: Met) -> None:
+        self._note_published(met.given_bytes, "delta to owners")
+        self.spreading.send_own(met.given)
+        self._want_flush()
+
+    def _note_published(self, size: int, what: str) -> None:
         self.published += 1
-        with suppress(Refused):  # too many streams for what is known here, though not yet for the replica: comparing tells of it
-            for key, _ in met.published:
-                self.gossip.known.add(*key)
-        self._do(self.gossip.published(list(met.published)))
+        self.published_bytes = size
         self.last_delta_at[self.author.peer_id] = self.outside.clock.now()
-        self.published_bytes = sum(len(body) for _, body in met.published)
         self.pulse.consider_publishing(self.met_at)
-        self.board.tell("published", f"delta {met.published[0][0][1]}: {self.published_bytes} bytes", keep=False)
+        self.board.tell("published", f"{what}: {size} bytes", keep=False)
+
+    def _announce(self, packets: Sequence[tuple[Key, bytes]]) -> None:
+        """Own packets, of own work or sums, are spread."""
+        with suppress(Refused):  # too many streams for what is known here, though not yet for the replica: comparing tells of it
+            for key, _ in packets:
+                self.gossip.known.add(*key)
+        self._do(self.gossip.published(list(packets)))
         self._want_flush()
 
     # -- time --------------------------------------------------------------------------------------------------------
@@ -316,6 +352,12 @@ class SwarmPeer:
         chunks = len(self.meeting.replica.layout.chunks)
         typical = self.published_bytes / chunks or float(self.meeting.exchange.terms.max_packet_bytes)
         return bucket is None or bucket.try_borrow(typical)
+
+    def show_waiting(self) -> None:
+        """Sums and contributions that could not be made."""
+        refused = self.spreading.summing.refused
+        while refused:
+            self.board.refuse(refused.popleft(), "my own sums")
 
     def show(self, changes: Sequence[Change]) -> None:
         """Say who has come and gone."""
@@ -344,6 +386,10 @@ class SwarmPeer:
             hash=self._state[1],
             leaving=self.leaving,
             down_bytes_per_s=self.pacer.down.bytes_per_s or 0.0,
+            eval_batches=self.measured.batches,
+            eval_loss=self.measured.loss,
+            average_loss=self.measured.average_loss,
+            links=tuple(sorted(map(node_of, self.linked))[: limits.record_max_links]),
         )
         self.herald.renew(record)
 
@@ -361,6 +407,14 @@ class SwarmPeer:
         if self.gossip.has_news:
             self.pulse.news()
         self._do(self.gossip.flush(self.outside.clock.now(), self.outside.transport.pending_bytes))
+        self._do(self.spreading.flush(self.outside.transport.pending_bytes))
+        if self.spreading.relay.waiting and not self._flush_later and self._loop is not None:
+            self._flush_later = True
+            self._loop.call_later(limits.relay_flush_s, self._flush_again)
+
+    def _flush_again(self) -> None:
+        self._flush_later = False
+        self.flush()
 
     def _do(self, actions: Sequence[Action]) -> None:
         for action in actions:

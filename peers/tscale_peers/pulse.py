@@ -58,6 +58,8 @@ class Pulse:
             peer.renew_record()
         if not peer.leaving:
             peer.dialler.tick(peer.linked, tasks)
+        peer.spreading.tick(peer.membership, peer.linked, peer.rate.per_s > 0, peer.leaving, bool(changes))
+        peer.show_waiting()
         if changes or now >= self._share_at:
             self._share_at = now + limits.share_s
             peer.meeting.share = peer.share()
@@ -96,6 +98,8 @@ class Pulse:
         peer = self._peer
         most = limits.unheld_publications * len(peer.meeting.replica.layout.chunks)
         waited = now - peer.last_delta_at.get(peer.author.peer_id, now)
+        if peer.spreading.relay.own_waiting:
+            return False
         return len(peer.gossip.unheld) <= most or not peer.gossip.has_listeners() or waited > limits.uplink_patience_s
 
     def _measure(self, now: float) -> None:
@@ -112,4 +116,4 @@ class Pulse:
         peer = self._peer
         own = LinkOf(peer.settings.name, peer.pacer.down.bytes_per_s or 0.0, peer.rate.per_s)
         others = [LinkOf(r.name, r.down_bytes_per_s, r.tokens_per_s) for r in peer.membership.live()]
-        peer.pacer.choose(peer.published_bytes, len(others), own, others)
+        peer.pacer.choose(peer.published_bytes, peer.spreading.payloads(len(others)), own, others)

@@ -56,6 +56,8 @@ class PeerRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     """Loss of that basepoint, nats per token."""
     average_loss: float = math.nan
     """The same of its newest running average."""
+    links: tuple[bytes, ...] = ()
+    """Peers that it has links to, by the first bytes of their public keys (routing.py); a peer with many names some of them."""
 
     @property
     def peer(self) -> PeerId:
@@ -127,6 +129,8 @@ def _plausible(r: PeerRecord) -> bool:
         and r.name.isprintable()
         and r.role in ("peer", "seed")
         and len(r.addresses) <= limits.record_max_addresses
+        and len(r.links) <= limits.record_max_links
+        and all(len(node) == limits.node_bytes for node in r.links)
         and all(len(a) <= limits.record_max_address_chars and a.isprintable() for a in r.addresses)
     )
 
@@ -150,6 +154,8 @@ class RecordBook:
         self._sealed: dict[bytes, PeerId] = {}
         """Bytes of the records in the book: most of what neighbours tell is known, and need not be read again."""
         self.pinned: set[PeerId] = set()
+        self.links_version = 0
+        """Counts how often the links that peers state, or who is in the book, have changed."""
 
     def __len__(self) -> int:
         return len(self._heard)
@@ -191,6 +197,8 @@ class RecordBook:
         if before is not None:
             self._forget(peer)
         self._heard[peer] = Heard(record, sealed, now - stale_s)
+        if before is None or before.record.links != record.links:
+            self.links_version += 1
         self._sealed[sealed] = peer
         if len(self._heard) > limits.record_book_peers:
             self._forget_one()

@@ -21,12 +21,11 @@ from tscale_peers import limits
 
 Node = bytes
 """First bytes of a public key (`short`)."""
-NODE_BYTES = 8
 
 
 def short(public_key: bytes) -> Node:
     """How a peer is named among links: a mix-up costs a detour, no more."""
-    return public_key[:NODE_BYTES]
+    return public_key[: limits.node_bytes]
 
 
 class Routes:

@@ -17,7 +17,7 @@ from tscale_peers.applied import AppliedSet
 from tscale_peers.herald import Herald
 from tscale_peers.membership import State
 from tscale_peers.messages import HAVE, PACKET, RECORDS, SUMMARY, WANT, Ranges, Records, Summary
-from tscale_peers.packet import Header, Packet, stream_key
+from tscale_peers.packet import PACKET_VERSION, Header, Packet, stream_key
 from tscale_peers.peer import SwarmPeer
 from tscale_peers.records import PeerRecord, seal
 from tscale_peers.simulation import SimulatedPeer, SimulatedSwarm, ToyAuthor, small_run
@@ -58,7 +58,7 @@ class Attacker:
         terms = self.swarm.run.terms
         where = terms.layout.chunks[chunk]
         payload = terms.codec.encode(torch.full((where.size,), 1e-3), where, 0.1)
-        head = Header(1, terms.run, self.author.public_key, stream, seq, chunk, batches, 0.1, "sign", 0.0)
+        head = Header(PACKET_VERSION, terms.run, self.author.public_key, stream, seq, chunk, batches, 0.1, "sign", 0.0)
         return Packet.seal(head, payload, self.author.sign)
 
     def record(self, author: ToyAuthor, **changes: object) -> bytes:

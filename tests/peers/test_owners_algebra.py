@@ -76,9 +76,9 @@ class Swarm:
 
     def contribute(self, k: int, share: float) -> None:
         before = self.peers[k].weights.clone()
-        bodies, _ = self.summing[k].contribute(1, share)
+        given, _ = self.summing[k].contribute(1, share)
         assert torch.equal(before, self.peers[k].weights), "giving work away moves no weights"
-        self.contributions += bodies
+        self.contributions += [body for body, packet in given if packet.header.owner != self.peers[k].signer.public_key]
 
     def hand_over(self, k: int, rng: random.Random, count: int) -> None:
         for _ in range(min(count, len(self.contributions))):
