@@ -12,9 +12,12 @@ SparseLoCo's stretches of 4096). The choice is made by integers and comparisons,
 Payload, all parts bit strings, lowest bit first, filled up with zero bits to whole bytes:
     u8 r                the Rice parameter, 0..11: the least that makes the payload of these picks shortest
     5 bit planes        e + 1 of every stretch (0: a stretch of zeros): the lowest bits of all stretches, then the next ones, ...
-    bit planes of the picks, in ascending order: r planes of gap & (2**r - 1); sign (set if negative); in topk-2bit: set if large
+                        topk-2bit has 2 planes more: has large picks; has small picks
+    bit planes of the picks, in ascending order: r planes of gap & (2**r - 1); sign (set if negative); then, in topk-2bit, set if large, of
+                        the picks in stretches that have both
     unary               of every pick: gap >> r zeros, then a one
-A gap is the number of values skipped since the pick before in the same stretch, or since its start.
+A gap is the number of values skipped since the pick before in the same stretch, or since its start. Error feedback keeps the picks of a
+stretch close to the size at which they are sent, so in training hardly any stretch has both sizes.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tscale_kernels import delta_topk
@@ -113,9 +117,9 @@ class TopkCodec:
         plan = _Plan.of(chunk, self.k)
         costs = []
         for r in range(limits.rice_max_parameter + 1):
-            costs.append(bytes_of(plan.picks * self._pick_bits(r)) + bytes_of(plan.picks + plan.spread(r)))
+            costs.append(bytes_of(plan.picks * (r + 1 + self.two_sizes)) + bytes_of(plan.picks + plan.spread(r)))
         # The encoder takes the fewest bits, which in whole bytes may be one more than the fewest bytes.
-        return 1 + bytes_of(_EXPONENT_BITS * len(plan.counts)) + min(costs) + 1
+        return 1 + bytes_of(self._stretch_bits * len(plan.counts)) + min(costs) + 1
 
     def encode(self, displacement: Tensor, chunk: Chunk, coefficient: float, memory: CodecMemory | None = None) -> bytes:
         picks, exponents, large = self._pick(displacement, chunk, coefficient)
@@ -129,10 +133,11 @@ class TopkCodec:
         before[_firsts(np.where(exponents >= 0, counts, 0))] = -1
         gaps = position - before - 1
         r = best_parameter(gaps)
-        planes = [*planes_of(gaps, r), (picks[sent] & 1).astype(np.uint8), *([large[sent]] if self.two_sizes else [])]
+        shape, sizes = _planes_of_sizes(large[sent], np.where(exponents >= 0, counts, 0)) if self.two_sizes else ([], [])
+        planes = [*planes_of(gaps, r), (picks[sent] & 1).astype(np.uint8), *sizes]
         unary = np.zeros(len(gaps) + int((gaps >> r).sum()), dtype=np.uint8)
         unary[np.cumsum((gaps >> r) + 1) - 1] = 1
-        return bytes([r]) + pack(planes_of(exponents + 1, _EXPONENT_BITS)) + pack(planes) + pack([unary])
+        return bytes([r]) + pack([*planes_of(exponents + 1, _EXPONENT_BITS), *shape]) + pack(planes) + pack([unary])
 
     def open(self, payload: bytes, chunk: Chunk) -> SparseDelta:
         most = self.max_payload_bytes(chunk)
@@ -142,25 +147,31 @@ class TopkCodec:
         r = reader.byte()
         if r > limits.rice_max_parameter:
             raise refuse("packet-payload", f"Rice parameter {r}, which no encoder writes")
-        exponents = numbers_of(reader.planes(_EXPONENT_BITS, len(plan.counts))) - 1
+        shape = reader.planes(self._stretch_bits, len(plan.counts))
+        exponents = numbers_of(shape[:_EXPONENT_BITS]) - 1
         self._check_exponents(exponents, chunk)
         counts = np.where(exponents >= 0, plan.counts, 0)
-        planes = reader.planes(self._pick_bits(r), int(counts.sum()))
-        gaps = reader.unary(int(counts.sum())) << r | numbers_of(planes[:r])
+        both = np.repeat(_both_sizes(shape[_EXPONENT_BITS:], exponents), counts) if self.two_sizes else np.zeros(0, np.bool_)
+        picks = int(counts.sum())
+        bits = reader.bits((r + 1) * picks + int(both.sum()))
+        gaps = reader.unary(picks) << r | numbers_of(bits[: r * picks].reshape(r, picks))
         if not is_best_parameter(gaps, r):
             raise refuse("packet-payload", f"Rice parameter {r} is not the one that makes the payload of these picks shortest")
         places = self._places(gaps, counts, plan, chunk)
         steps = np.left_shift(1, np.repeat(exponents, counts))
         if self.two_sizes:
-            steps = np.where(planes[r + 1] != 0, _LARGE * steps, steps)
-        signed = np.where(planes[r] != 0, -steps, steps)
+            large = np.repeat(shape[_EXPONENT_BITS], counts)
+            large[both] = bits[(r + 1) * picks :]
+            _check_both(large, both, counts, chunk)
+            steps = np.where(large != 0, _LARGE * steps, steps)
+        signed = np.where(bits[r * picks : (r + 1) * picks] != 0, -steps, steps)
         ends = np.searchsorted(places, [s.stop for s in chunk.segments])
         placed = Placed(torch.from_numpy(places.astype(np.int32)), torch.from_numpy(signed.astype(np.int32)))
         return SparseDelta(chunk, placed, tuple(int(end) for end in ends), int(steps.max(initial=0)))
 
-    def _pick_bits(self, r: int) -> int:
-        """Bit planes of picks, without the unary part."""
-        return r + 1 + self.two_sizes
+    @property
+    def _stretch_bits(self) -> int:
+        return _EXPONENT_BITS + 2 * self.two_sizes
 
     def _check_exponents(self, exponents: Ints, chunk: Chunk) -> None:
         most = topk_max_exponent - 2 * self.two_sizes  # 3 * 2**22 is below max_step
@@ -190,6 +201,38 @@ class TopkCodec:
             exponents.append(exponent)
         bits = host_array(large) if self.two_sizes else np.empty(0, dtype=np.uint8)
         return host_array(picks).astype(np.int64), host_array(exponents).astype(np.int64), bits
+
+
+def _large_picks(large: Bits, counts: Ints) -> Ints:
+    """How many of each stretch's picks are large."""
+    sums = np.concatenate([[0], np.cumsum(large, dtype=np.int64)])
+    before = _picks_before(counts)
+    many: Ints = sums[before + counts] - sums[before]
+    return many
+
+
+def _planes_of_sizes(large: Bits, counts: Ints) -> tuple[list[Bits], list[Bits]]:
+    """(has large, has small) of every stretch; large, of the picks in stretches that have both. counts: picks of each stretch."""
+    many = _large_picks(large, counts)
+    has_large, has_small = (many > 0).astype(np.uint8), (many < counts).astype(np.uint8)
+    return [has_large, has_small], [large[np.repeat(has_large & has_small, counts) != 0]]
+
+
+def _both_sizes(shape: Bits, exponents: Ints) -> NDArray[np.bool_]:
+    """Which stretches have picks of both sizes. shape: the planes of `_planes_of_sizes`. Raises Refused if one has none, or zeros some."""
+    if bool(((shape[0] | shape[1] != 0) != (exponents >= 0)).any()):
+        raise refuse("packet-payload", "a stretch whose picks are neither small nor large, or a stretch of zeros with picks")
+    both: NDArray[np.bool_] = (shape[0] & shape[1]) != 0
+    return both
+
+
+def _check_both(large: Bits, both: NDArray[np.bool_], counts: Ints, chunk: Chunk) -> None:
+    """A stretch that is said to have both sizes has both."""
+    ends = np.cumsum(counts)
+    stretches = both[(ends - 1)[counts > 0]]
+    many, all_of = _large_picks(large, counts)[counts > 0], counts[counts > 0]
+    if bool((stretches & ((many == 0) | (many == all_of))).any()):
+        raise refuse("packet-payload", f"chunk {chunk.index} has a stretch with one size that is spelt as one with both")
 
 
 def _firsts(counts: Ints) -> Ints:

@@ -93,14 +93,18 @@ class BitReader:
 
     def planes(self, bits: int, count: int) -> Bits:
         """The next bit string: uint8 [bits, count]."""
-        total, first = bits * count, self._at
+        return self.bits(bits * count).reshape(bits, count)
+
+    def bits(self, total: int) -> Bits:
+        """The next bit string: uint8 [total]."""
+        first = self._at
         self._at += bytes_of(total)
         if self._at > len(self._payload):
             raise self._ends()
         raw = np.frombuffer(self._payload, dtype=np.uint8, count=self._at - first, offset=first)
         if total % 8 and raw[-1] >> (total % 8):
             raise refuse("packet-payload", f"a payload whose filling after byte {self._at - 1} is not zero")
-        return np.unpackbits(raw, count=total, bitorder="little").reshape(bits, count)
+        return np.unpackbits(raw, count=total, bitorder="little")
 
     def unary(self, count: int) -> Ints:
         """The rest of the payload: `count` numbers, each as so many zeros and a one."""

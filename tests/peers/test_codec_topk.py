@@ -67,6 +67,7 @@ def spelling(units: torch.Tensor, chunk: Chunk, two_sizes: bool, r: int | None =
     exponents: list[int] = []
     gaps: list[int] = []
     negative: list[int] = []
+    shape: list[list[int]] = [[], []]
     large: list[int] = []
     for s in chunk.segments:
         for part in units[s.start : s.stop].split(STRETCH):
@@ -78,15 +79,18 @@ def spelling(units: torch.Tensor, chunk: Chunk, two_sizes: bool, r: int | None =
             assert all(size in (1 << exponent, 3 << exponent if two_sizes else 0) for size in sizes)
             gaps += [place - before - 1 for before, place in zip([-1, *places], places, strict=False)]
             negative += [int(step < 0) for step in steps]
-            large += [int(abs(step) == 3 << exponent) for step in steps]
-    return written(exponents, gaps, [negative, large] if two_sizes else [negative], r)
+            is_large = [int(abs(step) == 3 << exponent) for step in steps if exponent >= 0]
+            shape[0].append(int(1 in is_large))
+            shape[1].append(int(0 in is_large))
+            large += is_large if 0 < sum(is_large) < len(is_large) else []
+    return written(exponents, gaps, shape if two_sizes else [], [negative, large] if two_sizes else [negative], r)
 
 
-def written(exponents: list[int], gaps: list[int], planes_of_picks: list[list[int]], r: int | None = None) -> bytes:
+def written(exponents: list[int], gaps: list[int], shape: list[list[int]], planes_of_picks: list[list[int]], r: int | None = None) -> bytes:
     """r None: the one that makes the payload shortest, counted in bits, the least of several."""
     if r is None:
         r = min(range(rice_max_parameter + 1), key=lambda r: (len(gaps) * (1 + r) + sum(gap >> r for gap in gaps), r))
-    exponent_planes = [(e + 1) >> plane & 1 for plane in range(5) for e in exponents]
+    exponent_planes = [(e + 1) >> plane & 1 for plane in range(5) for e in exponents] + [bit for plane in shape for bit in plane]
     planes = [gap >> plane & 1 for plane in range(r) for gap in gaps] + [bit for plane in planes_of_picks for bit in plane]
     unary = [bit for gap in gaps for bit in [0] * (gap >> r) + [1]]
     return bytes([r]) + bit_string(exponent_planes) + bit_string(planes) + bit_string(unary)
@@ -171,7 +175,7 @@ def test_error_feedback_drains_a_displacement_that_nothing_refills(name: str, co
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_is_spelt_without_picks(name: str) -> None:
     payload = codec_of(name).encode(torch.zeros(RUGGED.size), RUGGED, 0.5)
-    assert payload == bytes(1 + math.ceil(5 * 5 / 8))
+    assert payload == bytes(1 + math.ceil(5 * (7 if codec_of(name).two_sizes else 5) / 8))
     assert codec_of(name).open(payload, RUGGED).largest_step == 0
 
 
@@ -206,7 +210,7 @@ def refusal(codec: TopkCodec, payload: bytes, chunk: Chunk = RUGGED) -> str:
 def test_spellings_that_no_encoder_writes(name: str) -> None:
     codec = codec_of(name)
     payload = codec.encode(displacement(), RUGGED, 0.5)
-    r, exponents_end = payload[0], 1 + math.ceil(25 / 8)
+    r, exponents_end = payload[0], 1 + math.ceil((35 if codec.two_sizes else 25) / 8)
     one_stretch = torch.zeros(RUGGED.size, dtype=torch.int32)  # a short payload: no other parameter makes it longer than the bound
     one_stretch[624 : 624 + 20 * codec.k : 20] = 1
     good = spelling(one_stretch, RUGGED, codec.two_sizes)
@@ -236,10 +240,23 @@ def test_exponents_above_the_largest_step(name: str, most: int) -> None:
 def test_picks_beyond_the_end_of_their_stretch() -> None:
     """Of the second stretch, 600 values that are a matrix of their own: after 7 picks, 592 values can be skipped before the last one."""
     codec, exponents = codec_of("topk-sign-8"), [-1, 0, -1, -1, -1]
-    units = added(codec, written(exponents, [0] * 7 + [592], [[0] * 8]))
+    units = added(codec, written(exponents, [0] * 7 + [592], [], [[0] * 8]))
     assert units.nonzero().flatten().tolist() == [*range(24, 31), 623]
-    assert refusal(codec, written(exponents, [0] * 7 + [593], [[0] * 8])) == "packet-payload"
-    assert refusal(codec, written(exponents, [0] * 7 + [1 << 15], [[0] * 8], 11)) == "packet-payload"
+    assert refusal(codec, written(exponents, [0] * 7 + [593], [], [[0] * 8])) == "packet-payload"
+    assert refusal(codec, written(exponents, [0] * 7 + [1 << 15], [], [[0] * 8], 11)) == "packet-payload"
+
+
+def test_sizes_that_no_encoder_writes() -> None:
+    """Small and large are said once per stretch where all picks are alike, and only where there are picks."""
+    codec, zeros, gaps, signs = codec_of("topk-2bit-8"), [0] * 5, [0] * 8, [0] * 8
+    exponents, here = [-1, 3, -1, -1, -1], [0, 1, 0, 0, 0]
+    for shape, size in (([zeros, here], 8), ([here, zeros], 24)):
+        assert added(codec, written(exponents, gaps, shape, [signs])).tolist()[24:32] == [size] * 8
+    assert codec.open(written(exponents, gaps, [here, here], [signs, [0, 1] * 4]), RUGGED).largest_step == 24
+    assert refusal(codec, written(exponents, gaps, [zeros, zeros], [signs])) == "packet-payload"
+    assert refusal(codec, written(exponents, gaps, [here, [1] * 5], [signs, [0, 1] * 4])) == "packet-payload"
+    for alike in ([0] * 8, [1] * 8):
+        assert refusal(codec, written(exponents, gaps, [here, here], [signs, alike])) == "packet-payload"
 
 
 @settings(max_examples=150, deadline=None)
