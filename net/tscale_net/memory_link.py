@@ -41,6 +41,14 @@ class Line:
     loss: float = 0.0
 
 
+@dataclass(slots=True)
+class Moved:
+    """Bytes of one identity since the start of the network, over all links and lives."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
 class MemoryLink:
     """See the module's head."""
 
@@ -144,7 +152,7 @@ class Pipe:
         link, network, size = self._link, self._link.network, limits.HEADER_BYTES + len(body)
         now_s = network.clock.now()
         self.bytes += size
-        self._sender.sent_bytes += size
+        self._sender.moved.sent_bytes += size
         left_s = self._leaves(len(body), size, now_s)
         arrival_s = left_s + link.latency_s + network.jitter_s * network.rng.random()
         if link.loss and self._channel is Channel.CONTROL and network.rng.random() < link.loss:
@@ -190,6 +198,6 @@ class Pipe:
             kind, body = self._queue.popleft()
             size = limits.HEADER_BYTES + len(body)
             self.delivered_bytes += size
-            receiver.received_bytes += size
+            receiver.moved.received_bytes += size
             link.network.messages += 1
             receiver.deliver(Frame(self._sender.peer_id, kind, body, self._channel))

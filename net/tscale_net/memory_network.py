@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 from tscale_net import limits
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity
-from tscale_net.memory_link import Line, MemoryLink
+from tscale_net.memory_link import Line, MemoryLink, Moved
 from tscale_net.memory_transport import MemoryTransport
 from tscale_net.ports import Clock, PeerId, Rng
 from tscale_net.stall import Stall
@@ -48,6 +48,7 @@ class MemoryNetwork:
         self.loop = asyncio.get_running_loop()
         self.messages = 0
         """Messages delivered since the start."""
+        self.moved: dict[PeerId, Moved] = {}
         self._hosts: dict[PeerId, str] = {}
         self._by_host: dict[str, MemoryTransport] = {}
         self._links: dict[tuple[PeerId, PeerId], MemoryLink] = {}

@@ -17,12 +17,13 @@ from tscale_net.errors import Refused
 from tscale_net.events import EventQueue
 from tscale_net.frames import check_outgoing
 from tscale_net.identity import Identity
+from tscale_net.memory_link import Line, Moved
 from tscale_net.ports import Channel, Event, Frame, LinkDown, LinkInfo, LinkUp, PeerId
 from tscale_net.stall import Stall
 from tscale_net.token_bucket import TokenBucket
 
 if TYPE_CHECKING:
-    from tscale_net.memory_link import Line, MemoryLink
+    from tscale_net.memory_link import MemoryLink
     from tscale_net.memory_network import MemoryNetwork
 
 
@@ -45,9 +46,7 @@ class MemoryTransport:
         self.identity = identity
         self.peer_id = identity.peer_id
         self.line = line
-        self.sent_bytes = 0
-        self.received_bytes = 0
-        """Of all links, those that are gone included."""
+        self.moved = network.moved.setdefault(identity.peer_id, Moved())
         self._stall = stall
         self.host = host
         self.host_port = f"{host}:{limits.DEFAULT_PORT}"

@@ -17,6 +17,7 @@ from tscale_net.identity import Identity, verify
 from tscale_net.memory_link import Line
 from tscale_net.ports import PeerId
 from tscale_net.stall import Stall
+from tscale_peers.assembly import Saved
 from tscale_peers.delta_log import PacketLog
 from tscale_peers.notices import Notice
 from tscale_peers.packet import Key
@@ -88,8 +89,7 @@ class Checkpoint:
 
     basepoint: Tensor
     applied: bytes
-    displacement: Tensor
-    paid: bytes
+    private: Saved
     steps: int
     swarm_batches: int
     learner: Any
@@ -101,6 +101,8 @@ class SimulatedHome:
 
     log: PacketLog
     stream: int
+    pledges: PacketLog = field(default_factory=MemoryLog)
+    """Contributions given to owners of chunks."""
     checkpoint: Checkpoint | None = None
 
 
@@ -133,6 +135,12 @@ class SimulatedPeer:
     peer: SwarmPeer | None = None
     learner: Learner | None = None
     steps: int = 0
+    """As training counts them: a crash takes back what no checkpoint has."""
+    total_steps: int = 0
+    """Of all lives, lost ones included."""
+    published: int = 0
+    started_at: float = 0.0
+    """When this life began."""
     stepped_at: float | None = None
     """When this life's newest step ended."""
     longest_gap_s: float = 0.0

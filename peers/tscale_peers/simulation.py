@@ -11,6 +11,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from blake3 import blake3
@@ -55,6 +56,8 @@ STREAM_BITS = 63
 CATCH_UP_S = 60.0
 """A peer that comes back trains on after this at the latest, caught up or not."""
 DONOR_STATE_MAX_BYTES = 1 << 30
+JOIN_LOOK_S = 0.1
+"""Whether a newcomer has its snapshot is looked at this often."""
 
 NewLearner = Callable[[SimulatedPeer, Tensor], Learner]
 """(peer, start weights, to be taken over) -> what trains it."""
@@ -65,6 +68,7 @@ def small_run(
     chunk_params: int = 1 << 11,
     rule: RuleSpec | None = None,
     codec: str = "sign",
+    spread: Literal["auto", "flood", "owners"] = "auto",
 ) -> tuple[RunManifest, torch.Tensor]:
     """A run of 4096 weights, by default in two chunks, and its start weights."""
     specs = [TensorSpec("embedding", 16, 128, UNIT_EXPONENT), TensorSpec("final", 16, 128, UNIT_EXPONENT)]
@@ -79,6 +83,7 @@ def small_run(
         chunk_params=chunk_params,
         publish_every_steps=publish_every_steps,
         rule=rule or RuleSpec(),
+        spread=spread,
     )
     run = RunTerms.of(manifest)
     replica = run.new_replica()
@@ -147,23 +152,22 @@ class SimulatedSwarm:
 
     async def join(self, sim: SimulatedPeer, *bootstrap: str) -> None:
         """Start `sim` without a basepoint: it knows only addresses (and its home's log). Manifest, snapshot, then packets."""
-        peer = await self._begin_to_join(sim, bootstrap)
-        while peer.gossip.hold:
-            await self.clock.sleep(0.1)
-            if sim.task is not None and sim.task.done():
+        await self._launch(sim, "peer", bootstrap, replica=self.run.new_replica(), joined=False)
+        assert sim.peer is not None and sim.task is not None
+        while sim.peer.gossip.hold:
+            await self.clock.sleep(JOIN_LOOK_S)
+            if sim.task.done() and not sim.task.cancelled():
                 sim.task.result()
+            if sim.task.done():
                 return
 
-    async def _begin_to_join(self, sim: SimulatedPeer, bootstrap: tuple[str, ...]) -> SwarmPeer:
-        await self._launch(sim, "peer", bootstrap, replica=self.run.new_replica(), joined=False)
-        assert sim.peer is not None
-        return sim.peer
-
     async def restart(self, sim: SimulatedPeer, *bootstrap: str, role: str = "peer") -> str:
-        """Start a killed peer from its home again; without a checkpoint it joins anew, or is a seed that begins at the start weights."""
+        """Start a killed peer from its home again; without a checkpoint it joins anew, or is a seed that begins at the start weights.
+
+        Raises Refused, or a group of one if it fails later, as `join` does."""
         saved = sim.home.checkpoint
         if saved is None and role != "seed":
-            await self._begin_to_join(sim, bootstrap)
+            await self.join(sim, *bootstrap)
             return ""
         replica = self.run.new_replica()
         if saved is None:
@@ -185,6 +189,7 @@ class SimulatedSwarm:
     ) -> str:
         known_run = self.run.run if joined else b""
         sim.killed, sim.stepped_at, sim.task = False, None, None
+        sim.started_at = self.clock.now()
         sim.lives += 1
         place = sim.conditions
         transport = self.network.transport(sim.identity, sim.name, known_run, listens=place.listens, line=place.line, stall=sim.stall)
@@ -202,13 +207,14 @@ class SimulatedSwarm:
         if saved is not None:
             learner.load(saved.learner)
             sim.steps = saved.steps
-            private = Saved(saved.displacement.clone(), saved.paid)
+            private = saved.private._replace(displacement=saved.private.displacement.clone())
         peer = assemble(
             self.run, sim.author, outside, replica=replica, weights=learner.weights, log=sim.home.log, stream=sim.home.stream,
             settings=PeerSettings(sim.name, role, bootstrap, addresses), board=board, joined=joined, saved=private,
+            pledge_log=sim.home.pledges,
         )  # fmt: skip
         sim.peer = peer
-        settle_after_crash(peer.meeting, sim.steps if saved is not None else 0, saved.displacement if saved is not None else None)
+        settle_after_crash(peer.meeting, sim.steps if saved is not None else 0, saved.private.displacement if saved is not None else None)
         peer.meeting.resume_at(Progress(sim.steps, sim.steps, sim.steps * learner.tokens_per_step, float("nan"), trained=False))
         outside.transfers.serve(
             provide_from(peer, self.run.manifest.encode(), len(self.run.terms.layout.chunks), learner.donor_state, _nothing)
@@ -258,12 +264,14 @@ class SimulatedSwarm:
                 return
             loss = learner.step()
             sim.steps += 1
+            sim.total_steps += 1
             met = meeting.meet(Progress(sim.steps, sim.steps, sim.steps * learner.tokens_per_step, loss, trained=True))
             learner.met(met.momentum_keep, peer.others_batches())
             now = self.clock.now()
             sim.longest_gap_s = max(sim.longest_gap_s, now - sim.stepped_at)
             sim.stepped_at = now
-            if met.published:
+            if met.published or met.given_bytes:
+                sim.published += 1
                 self.on_published(sim)
             if self._checkpoint_s and now - save_at >= self._checkpoint_s:
                 save_at = now
@@ -273,13 +281,13 @@ class SimulatedSwarm:
         """A checkpoint of a running peer into its home."""
         peer, learner = sim.peer, sim.learner
         assert peer is not None and learner is not None
-        exchange, replica = peer.meeting.exchange, peer.meeting.replica
-        paid = exchange.paid.encode()
+        meeting = peer.meeting
+        exchange, replica = meeting.exchange, meeting.replica
+        private = Saved(exchange.displacement().clone(), exchange.paid.encode(), exchange.pledges.encode(), meeting.summing.sums.encode())
         sim.home.checkpoint = Checkpoint(
-            replica.basepoint.clone(), replica.applied.encode(), exchange.displacement().clone(), paid,
-            sim.steps, peer.swarm_batches(), learner.save(),
-        )  # fmt: skip
-        peer.meeting.checkpointed(paid)
+            replica.basepoint.clone(), replica.applied.encode(), private, sim.steps, peer.swarm_batches(), learner.save()
+        )
+        meeting.checkpointed(private.paid, private.pledges)
 
     async def _stalls(self, sim: SimulatedPeer) -> None:
         assert sim.stall is not None
@@ -291,9 +299,9 @@ class SimulatedSwarm:
 
     def kill(self, sim: SimulatedPeer, silent: bool = False) -> None:
         """SIGKILL: everything in memory is gone, connections are reset. `silent`: as a power cut, nobody is told."""
-        assert sim.task is not None
         sim.killed = True
-        sim.task.cancel()
+        if sim.task is not None:
+            sim.task.cancel()
         self.network.kill(sim.author.peer_id, silent)
 
     def stand_still(self) -> None:
