@@ -107,6 +107,9 @@ class SwarmSection(Section, frozen=True):
     """How a delta is packed: "sign" = 1 bit per weight and one scale per row; docs/protocol.md lists the others."""
     codec_for: dict[str, str] = {}
     """Other codecs for some tensors: [swarm.codec_for] with the keys "embedding", "final" (output) and "matrix" (all others)."""
+    spread: Literal["auto", "flood", "owners"] = "auto"
+    """"flood": every delta goes to everybody. "owners": to the owner of each chunk, who publishes sums; traffic per peer then hardly grows
+    with the swarm. "auto": owners from 8 peers up."""
     share_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """c = share_scale * share. Measured safe up to 1; at 8 the swarm diverges."""
     own_leak: Literal["share", "one"] = "share"

@@ -42,6 +42,11 @@ class Home:
         return self.path / "checkpoints"
 
     @property
+    def contributions(self) -> Path:
+        """Own contributions to owners of chunks."""
+        return self.path / "contributions"
+
+    @property
     def delta_log(self) -> Path:
         return self.path / "deltas"
 

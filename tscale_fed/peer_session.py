@@ -291,7 +291,7 @@ class PeerSession:
         try:
             state = await self.training.call(lambda trainer: self._state())
             await asyncio.to_thread(self.built.store.save, *state)
-            self.built.peer.meeting.checkpointed(state[2]["paid"])
+            self.built.peer.meeting.checkpointed(state[2]["paid"], state[2]["pledges"])
         except Refused as refusal:
             self.ground.console.warn(refusal.detail)
 
@@ -307,7 +307,12 @@ class PeerSession:
                 "displacement": exchange.displacement().clone(),
                 "basepoint": self.built.replica.basepoint.clone(),
             }
-            blobs = {"applied": self.built.replica.applied.encode(), "paid": exchange.paid.encode()}
+            blobs = {
+                "applied": self.built.replica.applied.encode(),
+                "paid": exchange.paid.encode(),
+                "pledges": exchange.pledges.encode(),
+                "sums": peer.spreading.summing.sums.encode(),
+            }
             facts = {
                 **trainer.state_facts(),
                 **average_facts,
@@ -324,7 +329,7 @@ class PeerSession:
         try:
             state = self._state()
             self.built.store.save(*state)
-            self.built.peer.meeting.checkpointed(state[2]["paid"])
+            self.built.peer.meeting.checkpointed(state[2]["paid"], state[2]["pledges"])
         except Refused as refusal:
             return refusal
         return None

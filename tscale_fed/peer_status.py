@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tscale_fed import __version__
 from tscale_fed.ground import reach_sentence
-from tscale_fed.status import EventLine, PeerRow, PeerState, Status, Transfer, Wire, finite, recent_states
+from tscale_fed.status import EventLine, PeerRow, PeerState, Spread, Status, Transfer, Wire, finite, recent_states
 from tscale_fed.units import plain
 from tscale_net.ports import LinkInfo, PeerId
 from tscale_peers.measured import newest
@@ -77,6 +77,7 @@ def status_of(session: PeerSession) -> Status:
         up_capacity_bytes_per_s=peer.pacer.up.bytes_per_s,
         peers=_rows(session),
         wire=_wire(session),
+        spread=_spread(session),
         refused=dict(peer.board.refused + Counter(ground.outside.transfers.refused)),
         transfer=Transfer("snapshot", *received, sources=len(peer.linked)) if received else None,
         losses=session.losses.points(),
@@ -115,6 +116,19 @@ def _row(record: PeerRecord, state: State, link: LinkInfo | None, share: float |
 def _since(session: PeerSession, peer: PeerId) -> float | None:
     at = session.built.peer.last_delta_at.get(peer)
     return None if at is None else session.ground.clock.now() - at
+
+
+def _spread(session: PeerSession) -> Spread:
+    spreading, pledges = session.built.peer.spreading, session.built.peer.meeting.exchange.pledges
+    return Spread(
+        by_owners=spreading.by_owners,
+        owned_chunks=spreading.owned if spreading.by_owners else 0,
+        waiting=pledges.waiting,
+        confirmed=pledges.confirmed,
+        taken_back=pledges.taken_back,
+        summed=spreading.summing.sums.taken,
+        passed_on=spreading.relay.passed_on,
+    )
 
 
 def _wire(session: PeerSession) -> Wire:

@@ -51,7 +51,8 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     run = RunTerms.of(found.manifest)
     replica = run.new_replica()
     log = DeltaLog(ground.home.delta_log)
-    for remark in log.notices:
+    pledge_log = DeltaLog(ground.home.contributions)
+    for remark in log.notices + pledge_log.notices:
         ground.console.warn(remark)
     store = CheckpointStore(ground.home.checkpoints, found.config.checkpoint.keep)
     checkpoint, remarks = store.latest()
@@ -74,7 +75,8 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     saved = None
     if checkpoint is not None:
         trainer.load_state(checkpoint.tensors, checkpoint.facts)
-        saved = Saved(checkpoint.tensors["displacement"].clone(), checkpoint.blobs["paid"])
+        blobs = checkpoint.blobs
+        saved = Saved(checkpoint.tensors["displacement"].clone(), blobs["paid"], blobs.get("pledges"), blobs.get("sums", b""))
     empty = checkpoint is None and start is None
     arguments = ground.arguments
     remembered = () if arguments.solo else known_neighbours(ground.home)
@@ -86,6 +88,7 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     peer = assemble(
         run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
         stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,
+        pledge_log=pledge_log,
     )  # fmt: skip
     peer.meeting.average = average
     _settle_after_crash(ground, peer, trainer, checkpoint)

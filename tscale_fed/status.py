@@ -59,6 +59,23 @@ class Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deltas_applied: int = 0
 
 
+class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How own work reaches the others."""
+
+    by_owners: bool = False
+    """Contributions to the owners of chunks; otherwise packets to everybody."""
+    owned_chunks: int = 0
+    """Chunks whose contributions this peer sums."""
+    waiting: int = 0
+    """Own contributions that no sum lists yet."""
+    confirmed: int = 0
+    taken_back: int = 0
+    """Not listed in time, or given to an owner that is gone; they are given again as part of what is left."""
+    summed: int = 0
+    """Contributions of others, and own ones, that this peer has summed."""
+    passed_on: int = 0
+
+
 class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A running download."""
 
@@ -144,6 +161,7 @@ class Status(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     up_capacity_bytes_per_s: float | None = None
     peers: list[PeerRow] = []
     wire: Wire = Wire()
+    spread: Spread = Spread()
     refused: dict[str, int] = {}
     """Reason code -> how often something was turned away."""
     transfer: Transfer | None = None

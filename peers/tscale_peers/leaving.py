@@ -17,12 +17,28 @@ if TYPE_CHECKING:
 
 async def hand_over(peer: SwarmPeer, progress: Callable[[str], None]) -> bool:
     """Publish the rest and wait for a holder. True if everything own is held by a neighbour (or there is nobody and nothing to tell)."""
-    if peer.linked:
-        await _publish_rest(peer, progress)
     peer.renew_record()
+    if peer.linked:
+        peer.herald.tell(peer.linked)
+        await _hand_on_sums(peer)
+        await _publish_rest(peer, progress)
     handed_over = await _held(peer)
     peer.herald.tell(peer.linked)
     return handed_over
+
+
+async def _hand_on_sums(peer: SwarmPeer) -> None:
+    """An owner publishes what waits for a sum and takes over what is left of it; an author waits for sums that list what it gave, while
+    they come: what is not listed by then stays here."""
+    clock, pledges = peer.outside.clock, peer.meeting.exchange.pledges
+    await peer.off_loop(peer.meeting.finish_sums)
+    least, since = pledges.waiting, clock.now()
+    while peer.linked and pledges.waiting and clock.now() - since < limits.leave_handover_s:
+        await clock.sleep(limits.tick_s)
+        await peer.off_loop(peer.meeting.settle)
+        if pledges.waiting < least:
+            least, since = pledges.waiting, clock.now()
+    await peer.off_loop(peer.meeting.finish_sums)
 
 
 async def _publish_rest(peer: SwarmPeer, progress: Callable[[str], None]) -> None:

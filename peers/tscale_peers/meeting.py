@@ -90,8 +90,8 @@ class MeetingPoint:
         self.may_publish = False
         """Set by the event loop: joined, not leaving, uplink free."""
         self.post: Callable[[Met], None] = lambda met: None
-        self.summing: Summing | None = None
-        """Owners' work, where the run allows it."""
+        self.summing = Summing(exchange, clock)
+        """Owners' work."""
         self.average: RunningAverage | None = None
         """Kept up to date by every meeting."""
         self.time = MeetingTime(clock)
@@ -152,7 +152,7 @@ class MeetingPoint:
             sent = self._advance()
             if sent.withheld is not None and sent.withheld.code == "not-finite":
                 raise sent.withheld
-            sums = tuple(self.summing.meet()) if self.summing is not None else ()
+            sums = tuple(self.summing.meet())
             if self.average is not None:
                 self.average.take_due_cuts(self._clock.wall())
             met = self._met(receipts, sent, self._state(forced=not progress.trained), lost, sums)
@@ -179,7 +179,7 @@ class MeetingPoint:
         self._finish_outgoing()
         with self._entered():
             receipts, lost = self._receive()
-            sums = tuple(self.summing.finish()) if self.summing is not None else ()
+            sums = tuple(self.summing.finish())
             met = self._met(receipts, Sent(), self._state(forced=True), lost, sums)
         self.post(met)
         return met
@@ -298,7 +298,7 @@ class MeetingPoint:
         """Own work, to everybody or, where there are any, to owners. If it is refused, it is tried again after as many steps as always."""
         self._published_at_step = self.last_progress.steps
         with self.time.of("publish"):
-            if by_owners and self.summing is not None and self.summing.plan.owners:
+            if by_owners and self.summing.plan.owners:
                 self._outgoing.contribute(self.summing, batches, share)
             else:
                 self._outgoing.publish(batches, share)

@@ -26,9 +26,10 @@ def settle_after_crash(meeting: MeetingPoint, trained_batches: int, displacement
     exchange = meeting.exchange
     if not exchange.recovered:
         return 0
-    newest = max(exchange.log.keys(exchange.stream_key), key=lambda key: key[1])
-    body = exchange.log.get(newest)
-    if body is None or Packet.decode(body, exchange.terms).header.batches_total > trained_batches:
+    newest = max(exchange.log.keys(exchange.stream_key), key=lambda key: key[1], default=None)
+    body = exchange.log.get(newest) if newest is not None else None
+    stated = Packet.decode(body, exchange.terms).header.batches_total + exchange.pledges.batches if body is not None else None
+    if stated is None or stated > trained_batches:
         meeting.keep_unpublished(displacement)
     return exchange.recovered
 
