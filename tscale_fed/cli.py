@@ -35,6 +35,9 @@ COMMANDS = {
 }
 """Subcommands of `tscale`: module `tscale_fed.commands.<name>` with `add_parser(subparsers)` and `run(args) -> int`."""
 
+SIMULATION = "sim"
+"""`tscale-peer sim` simulates peers instead of being one."""
+
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space, or put the home elsewhere with --home DIR",
     errno.EDQUOT: "your disk quota is used up: free some space, or put the home elsewhere with --home DIR",
@@ -53,8 +56,13 @@ def peer_main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `tscale-peer`."""
     from tscale_fed.commands import peer_arguments
 
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == [SIMULATION]:
+        from tscale_fed.commands.sim import sim_parser
+
+        return run_command("tscale-peer sim", "sim", sim_parser().parse_args(words[1:]))
     parser = peer_arguments.peer_parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     peer_arguments.check_peer_arguments(parser, arguments)
     peer_arguments.resolve_home(arguments)
     return run_command("tscale-peer", "peer", arguments)

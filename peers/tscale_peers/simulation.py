@@ -282,6 +282,7 @@ class SimulatedSwarm:
         peer, learner = sim.peer, sim.learner
         assert peer is not None and learner is not None
         meeting = peer.meeting
+        assert meeting.summing is not None
         exchange, replica = meeting.exchange, meeting.replica
         private = Saved(exchange.displacement().clone(), exchange.paid.encode(), exchange.pledges.encode(), meeting.summing.sums.encode())
         sim.home.checkpoint = Checkpoint(
