@@ -6,9 +6,11 @@ as on real sockets.
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tscale_peers.basepoint import Replica
@@ -42,9 +44,9 @@ class RunTerms:
         terms = manifest.terms()
         return RunTerms(manifest, terms.run, terms)
 
-    def new_replica(self) -> Replica:
+    def new_replica(self, device: torch.device | str = "cpu") -> Replica:
         """Zero and empty: fill it from start weights, a checkpoint or donors."""
-        return Replica(self.terms.layout, self.terms.codec, self.manifest.limits.max_streams)
+        return Replica(self.terms.layout, self.terms.codec, self.manifest.limits.max_streams, device)
 
     def rule(self) -> OuterRule:
         r = self.manifest.rule
@@ -75,22 +77,24 @@ def assemble(
     joined: bool,
     saved: Saved | None = None,
     pledge_log: PacketLog | None = None,
+    helper: Executor | None = None,
 ) -> SwarmPeer:
     """A peer around these parts. `joined`: the replica is filled already (start weights or checkpoint); otherwise it holds back until a
     snapshot is here (joining.fetch_snapshot). `weights`: the live flat fp32 weights, any device, changed in place; set to the basepoint
-    unless `saved` comes from the same checkpoint."""
+    unless `saved` comes from the same checkpoint. `helper`: a thread of its own for what need not stop training; None: nothing runs beside.
+    On a GPU the displacement is not stored (displacement.py)."""
     terms = run.terms
     signer = Signer(author.public_key, author.sign)
     displacement, paid, given, sums = saved if saved is not None else (None, None, None, b"")
     pledges = Pledges(stream_key(author.public_key, stream), pledge_log or MemoryLog(), terms, given, outside.clock.now())
     exchange = Exchange(
         replica, weights, run.rule(), signer, stream, log, terms, outside.clock,
-        displacement=displacement, paid=paid, pledges=pledges,
+        displacement=displacement, paid=paid, pledges=pledges, keep_displacement=replica.device.type == "cpu", helper=helper,
     )  # fmt: skip
     every = run.manifest.publish_every_steps
-    meeting = MeetingPoint(exchange, replica, log, every, outside.clock, lambda body: Packet.decode(body, terms))
+    meeting = MeetingPoint(exchange, replica, log, every, outside.clock, lambda body: Packet.decode(body, terms), helper)
     gossip = Gossip(replica.applied_copy(), len(terms.layout.chunks), log, outside.rng)
-    intake = Intake(lambda body: Packet.open(body, terms, outside.verify), gossip, log, meeting)
+    intake = Intake(lambda body: exchange.prepared(Packet.open(body, terms, outside.verify)), gossip, log, meeting)
     meeting.summing = Summing(exchange, outside.clock, sums)
     spreading = Spreading(
         run.manifest.spread, author.peer_id, author.public_key, terms, outside.verify, meeting.summing, Relay(pledges.body), outside.clock
