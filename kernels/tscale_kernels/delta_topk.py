@@ -24,6 +24,7 @@ from tscale_kernels import limits
 from tscale_kernels.dispatch import BackendName, choose, has_triton
 
 _LENGTH = limits.topk_stretch
+_LENGTH_BITS = _LENGTH.bit_length() - 1
 _INFINITE_BITS = 0x7F800000
 
 
@@ -93,7 +94,7 @@ def _encode_rows(values: Tensor, scale: float, k: int) -> tuple[Tensor, Tensor]:
     if values.device.type == "cpu" and length == _LENGTH and _groups(k) < length:
         keys = _few_keys(bits, k)
     else:
-        keys = (bits.to(torch.int64) << 12) | torch.arange(length - 1, -1, -1, device=values.device, dtype=torch.int64)
+        keys = (bits.to(torch.int64) << _LENGTH_BITS) | torch.arange(length - 1, -1, -1, device=values.device, dtype=torch.int64)
     best = keys.topk(k, dim=1, sorted=False).values
     position = (length - 1 - (best & (_LENGTH - 1))).sort(dim=1).values
     chosen = values.gather(1, position)
@@ -119,12 +120,14 @@ def _few_keys(bits: Tensor, k: int) -> Tensor:
     this takes 2 ns per value, where a search among all keys takes 12.
     """
     bound = bits.view(len(bits), -1, _groups(k)).amax(dim=1).topk(k, dim=1, sorted=False).values.amin(dim=1)
-    found = torch.from_numpy(np.flatnonzero((bits >= bound[:, None]).numpy()))
-    row = found // _LENGTH
+    reaches = np.greater_equal(bits.numpy(), bound.numpy()[:, None])  # numpy compares with a column three times as fast
+    found = torch.from_numpy(np.flatnonzero(reaches))
+    row = found >> _LENGTH_BITS
     counts = torch.bincount(row, minlength=len(bits))
     slot = torch.arange(len(found)) - (counts.cumsum(0) - counts)[row]
     keys = torch.full((len(bits), int(counts.max())), -1, dtype=torch.int64)
-    keys[row, slot] = (bits.view(-1)[found].to(torch.int64) << 12) | (_LENGTH - 1 - found % _LENGTH)
+    place = _LENGTH - 1 - (found & (_LENGTH - 1))
+    keys[row, slot] = (bits.view(-1)[found].to(torch.int64) << _LENGTH_BITS) | place
     return keys
 
 
