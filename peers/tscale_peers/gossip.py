@@ -143,11 +143,18 @@ class Gossip:
         actions: list[Action] = []
         if sum(len(body) for _, body in packets) <= limits.push_max_bytes and len(packets) <= limits.packets_in_flight:
             for peer in self._rng.sample(sorted(self._neighbours), min(limits.push_fanout, len(self._neighbours))):
-                for key, body in packets:
-                    self._neighbours[peer].has(key)
-                    actions.append(Send(peer, PACKET, body, Channel.BULK))
+                actions += self._push(peer, self._neighbours[peer], packets)
         self.accepted(keys, None)
         return actions
+
+    def _push(self, peer: PeerId, neighbour: Neighbour, packets: list[tuple[Key, bytes]]) -> list[Action]:
+        """Unless it still has so many to check that more would look like a flood."""
+        if len(neighbour.pushed) + len(packets) > limits.packets_in_flight:
+            return []
+        for key, _ in packets:
+            neighbour.has(key)
+            neighbour.pushed.add(key)
+        return [Send(peer, PACKET, body, Channel.BULK) for _, body in packets]
 
     def heard_again(self, key: Key, source: PeerId) -> None:
         """A neighbour sent what is known here already."""
@@ -168,6 +175,7 @@ class Gossip:
         neighbour = self._neighbours.get(peer)
         if neighbour is not None:
             neighbour.has(key)
+            neighbour.pushed.discard(key)
             neighbour.to_send.pop(key, None)
 
     # -- frames of neighbours ----------------------------------------------------------------------------------------
@@ -181,6 +189,7 @@ class Gossip:
         if kind == SUMMARY:
             summary = decode_summary(body)
             if summary.digest == self.known.digest():
+                neighbour.pushed.clear()
                 return self._equal()
             if not summary.applied:
                 return self._tell_set(peer, neighbour, now)
@@ -231,7 +240,7 @@ class Gossip:
             if self._store.holds(key):
                 neighbour.tell(key)
                 self.has_news = True
-        for key in [key for key in self.unheld if theirs.contains(*key)]:
+        for key in [key for key in [*self.unheld, *neighbour.pushed] if theirs.contains(*key)]:
             self._holds(key, peer)
         if len(lacking) == limits.anti_entropy_keys or not all(taken):
             self._more_at[peer] = None

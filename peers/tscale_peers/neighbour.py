@@ -20,6 +20,8 @@ class Neighbour:
     """Keys that the next announcement names."""
     to_send: OrderedDict[Key, None] = field(default_factory=OrderedDict)
     """Keys it asked for."""
+    pushed: set[Key] = field(default_factory=set)
+    """Keys that it was sent unasked and has not shown to hold yet."""
     takes_part: bool = False
     """It has said anything about packets yet."""
     set_from: bytes = b""
