@@ -26,7 +26,7 @@ __all__ = ["FAMILIES", "Codec", "CodecMemory", "Delta", "Family", "codec_fault",
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Codecs of one kind. `make(name, parameter)`; parameter None in families without one (`bounds` None)."""
+    """Codecs of one kind. `make(name, parameter)`; families without a parameter have no bounds and ignore it."""
 
     make: Callable[[str, int], Codec]
     default: int = 0

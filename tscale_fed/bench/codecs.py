@@ -3,7 +3,7 @@
 Enters: names of codecs, a number of parameters, a device. Leaves: a table and a JSON file. Displacements are drawn (Gaussian, and with
 heavy tails); --payloads trains small swarms instead and says whether compressing their payloads once more would gain anything.
 
-    tscale bench codecs                          every codec on the processor; took 40 s on one core
+    tscale bench codecs                          every codec on the processor; took a minute on one core
     tscale bench codecs --device cuda            on a GPU, 2**27 parameters
     tscale bench codecs --payloads               lz4, deflate and (if installed) zstd on payloads of training; took 4 minutes
 """
