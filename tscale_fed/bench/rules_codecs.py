@@ -11,7 +11,8 @@ compare them); only the packing into bytes is left out, and a payload's size is 
     topk-2bit-K   the same picks with two sizes, 2**e and 3 * 2**e                     (as tscale_peers.codec_topk; K = 64 if left out)
     int8, int4    a code per value, a step per 128 or 64 values                                              (delta_int8, delta_int4)
 
-Sizes of picks are those of Rice-coded gaps at random places; headers and signatures (1 % of a packet of a large model) are left out.
+Sizes of picks are those of Rice-coded gaps at random places, and of topk-2bit as if every stretch had both sizes, which is the most that it
+takes; headers and signatures (1 % of a packet of a large model) are left out.
 """
 
 from __future__ import annotations

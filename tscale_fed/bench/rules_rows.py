@@ -21,7 +21,7 @@ Codecs: rules_codecs.py (default sign). Further words:
     lag=1          meetings until a packet is applied (0: at once)   speeds=1:4:10 peers in turn are so many times slower than the fastest
     data=own       peer k draws from its own part of the text        late=2:4      two peers' packets need 4 meetings more
     stale=inverse  late packets with a coefficient / (1 + lag)       credit=no     owners: own contributions leave W until published
-    x=8            so many times the steps (one: to compare speeds)
+    x=8            so many times the steps (one: to compare speeds)  drain=4       meetings after the last step, to publish what is left
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ class Row:
     stale_inverse: bool = False
     credit: bool = True
     times: int = 1
+    drain: int = 0
     name: str = ""
 
     @property
@@ -115,7 +116,7 @@ def _checked(row: Row, text: str) -> Row:
     wrong = (
         (row.interval < 1 or row.times < 1, "H and x are whole numbers above 0"),
         (row.rate <= 0 or not 0 <= row.decay <= 1, "lr is above 0, decay between 0 and 1"),
-        (row.lag < 0 or row.late_meetings < 0 or row.late_peers < 0, "lag and late are not negative"),
+        (min(row.lag, row.late_meetings, row.late_peers, row.drain) < 0, "lag, late and drain are not negative"),
         (row.scale <= 0 or (row.leak is not None and not 0 < row.leak <= 2), "s is above 0, leak between 0 and 2"),
         (any(speed < 1 for speed in row.speeds), "speeds say how many times slower than the fastest: 1 or more"),
         (bool(row.owners_codec) and (row.lag != 1 or row.late_peers > 0), "owners have a lag of two meetings, and nobody late"),
@@ -180,6 +181,7 @@ _READERS: dict[str, Callable[[str], dict[str, Any]]] = {
     "stale": lambda v: {"stale_inverse": _choice(v, "inverse", "one")},
     "credit": lambda v: {"credit": _choice(v, "yes", "no")},
     "x": lambda v: {"times": int(v)},
+    "drain": lambda v: {"drain": int(v)},
 }
 _TEXTS: dict[str, Callable[[Row], str]] = {
     "decay": lambda r: f"{r.decay:g}",
@@ -195,4 +197,5 @@ _TEXTS: dict[str, Callable[[Row], str]] = {
     "stale": lambda r: "inverse" if r.stale_inverse else "one",
     "credit": lambda r: "yes" if r.credit else "no",
     "x": lambda r: str(r.times),
+    "drain": lambda r: str(r.drain),
 }

@@ -3,7 +3,8 @@
 Enters: a row, a seed, a machine (rules_peers.py, rules_engine.py), a plan. Leaves: a `Ran`: losses at the end and along the way, bytes.
 A tick is a step of every peer (of slower ones: of those whose turn it is). The rate rises over the first ticks and may fall to 0 over the
 last part; it follows the ticks, so it is the same in every row. Every `interval` ticks peers meet; who has made `interval` own steps since
-its last publication publishes. Shares are the true ones. After the last tick everything under way is delivered.
+its last publication publishes. Shares are the true ones. After the last tick peers
+may meet some times more without training (drain); then everything under way is delivered.
 
     last    the basepoint at the end (one, sync: the weights)
     mean    the mean of five basepoints, 20 ticks apart, the last one included
@@ -216,6 +217,9 @@ class RowRun:
         if tick == self.ticks and self._meeting is not None:
             rms = self._meeting.displacement_rms
             self.result.displacement = rms if math.isfinite(rms) else 0.0
+            speeds = [self.row.speed_of(peer) for peer in range(self._peers)]
+            for _ in range(self.row.drain):
+                self._meeting.meet([True] * self._peers, [speed / sum(speeds) for speed in speeds])
             self._meeting.settle()
 
     def _point(self, tick: int) -> None:
