@@ -145,11 +145,13 @@ class MeetingPoint:
             self.last_progress = progress
             self._run_errands()
             due = self.may_publish and progress.steps - self._published_at_step >= self.publish_every_steps
+            sent = self._advance()
             begins = due and not self._outgoing.under_way
             receipts, lost = self._receive(at_once=begins or not progress.trained)
             if begins:
                 self._begin(progress.batches, self.share, by_owners=True)
-            sent = self._advance()
+                begun = self._advance()  # ready at once where no helper makes it
+                sent = begun if sent == Sent() else sent
             if sent.withheld is not None and sent.withheld.code == "not-finite":
                 raise sent.withheld
             sums = tuple(self.summing.meet())

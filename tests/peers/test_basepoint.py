@@ -1,5 +1,7 @@
 """The replica: exact sums in any order, range, hash, snapshot chunks from several donors."""
 
+from __future__ import annotations
+
 import random
 import threading
 
@@ -14,6 +16,7 @@ from tests.peers.core_kit import LAYOUT, key_of, new_replica, opened, payload_fo
 from tscale_net.errors import Refused
 from tscale_peers import limits, snapshot_chunk
 from tscale_peers.basepoint import Replica
+from tscale_peers.delta_batch import add_all
 from tscale_peers.packet import Packet
 
 
@@ -284,3 +287,93 @@ def test_what_another_thread_reads_is_of_one_moment() -> None:
         named = {(e.stream_key, seq) for e in entries for first, last in e.seqs for seq in range(first, last + 1)}
         held = [packet for packet in ALL if packet.chunk == index and (packet.stream_key, packet.seq) in named]
         assert torch.equal(values.to(torch.int64), LAYOUT.chunks[index].of(independent_sum(held)))
+
+
+# -- several packets at once, and the state of a moment --------------------------------------------------------------------
+
+
+def test_packets_of_one_chunk_at_once_are_as_one_after_the_other() -> None:
+    at_once, in_turn = new_replica(terms()), new_replica(terms())
+    for chunk in LAYOUT.chunks:
+        listed = [packet for packet in ALL if packet.chunk == chunk.index]
+        listed.insert(3, listed[0])
+        outcomes = at_once.apply_all(listed)
+        assert outcomes == [in_turn.apply(packet) for packet in listed] and outcomes.count(False) == 1
+    assert at_once.state() == in_turn.state() and at_once._bounds == in_turn._bounds
+
+
+def test_of_packets_at_once_only_those_that_leave_the_range_are_refused() -> None:
+    """The exact check of a later packet sees the earlier ones of the same batch."""
+    listed = [packet for packet in ALL if packet.chunk == 0]
+    moved = torch.zeros(LAYOUT.chunks[0].size, dtype=torch.int32)
+    for packet in listed[:2]:
+        packet.delta.add_to(moved)
+    at = int(moved.abs().argmax())
+    replica = new_replica(terms())
+    values = replica.basepoint.clone()
+    values[at] = limits.basepoint_range - int(moved[at]) if moved[at] > 0 else -limits.basepoint_range - int(moved[at])
+    replica.restore(values, replica.applied)
+    one_by_one = new_replica(terms())
+    one_by_one.restore(values, one_by_one.applied)
+    expected: list[object] = []
+    for packet in listed:
+        try:
+            expected.append(one_by_one.apply(packet))
+        except Refused as refusal:
+            expected.append(refusal.code)
+    outcomes = [outcome.code if isinstance(outcome, Refused) else outcome for outcome in replica.apply_all(listed)]
+    assert outcomes == expected and outcomes[:2] == [True, True]
+    assert replica.state() == one_by_one.state()
+
+
+def test_a_kind_of_delta_that_adds_many_at_once_is_asked_to() -> None:
+    added: list[int] = []
+
+    class Many:
+        largest_step = 1
+
+        def add_to(self, basepoint: torch.Tensor, sign: int = 1) -> None:
+            added.append(1)
+
+        @staticmethod
+        def add_many(deltas: list[Many], basepoint: torch.Tensor) -> None:
+            added.append(len(deltas))
+
+    values = torch.zeros(8, dtype=torch.int32)
+    for deltas in ([Many(), Many(), Many()], [Many()], [Many(), ALL[0].delta]):
+        add_all(deltas, torch.zeros(LAYOUT.chunks[0].size, dtype=torch.int32) if len(deltas) == 2 else values)  # type: ignore[arg-type]
+    assert added == [3, 1, 1]
+
+
+def test_the_state_of_a_moment_is_read_while_packets_go_on_being_applied() -> None:
+    replica, still = new_replica(terms()), new_replica(terms())
+    for packet in ALL[:6]:
+        replica.apply(packet)
+        still.apply(packet)
+    replica.chunk_hash(0)  # one is known already
+    reading = replica.begin_reading()
+    for packet in ALL[6:]:
+        replica.apply(packet)
+    assert replica.read_state(reading) == still.state()
+    now = replica.state()
+    assert now != still.state() and list(replica.recent) == [still.state(), now]
+    parts = [blake3(chunk.of(replica.basepoint).numpy().astype("<i4").tobytes()).digest() for chunk in LAYOUT.chunks]
+    assert now[1] == blake3(b"".join(parts)).digest(), "no hash of the earlier moment was kept for a chunk that had changed"
+
+
+def test_a_moment_that_takes_too_many_copies_is_given_up_and_the_next_one_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica, straight = new_replica(terms()), new_replica(terms())
+    monkeypatch.setattr(limits, "reading_copies_bytes", 4 * LAYOUT.chunks[0].size)
+    reading = replica.begin_reading()
+    for packet in ALL:
+        replica.apply(packet)
+        straight.apply(packet)
+    assert replica.read_state(reading) is None and not replica.recent
+    assert replica.state() == straight.state() and replica._readings == []
+
+
+def test_a_moment_ends_when_everything_is_replaced() -> None:
+    replica = new_replica(terms())
+    reading = replica.begin_reading()
+    replica.set_start(start_weights(seed=5))
+    assert replica.read_state(reading) is None

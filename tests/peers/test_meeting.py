@@ -6,10 +6,13 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import threading
+from concurrent.futures import Executor, ThreadPoolExecutor
 
 import pytest
 import torch
 from core_kit import author, new_exchange, opened, terms
+from exchange_kit import ManualHelper, exchange_on
 
 from tscale_net.errors import Refused
 from tscale_peers import limits
@@ -19,6 +22,7 @@ from tscale_peers.errors import refuse
 from tscale_peers.gossip import Gossip
 from tscale_peers.intake import Intake
 from tscale_peers.meeting import MeetingPoint, Met, Progress
+from tscale_peers.meeting_time import Seconds
 from tscale_peers.packet import Key, Packet
 
 
@@ -54,13 +58,15 @@ class FullLog(MemoryLog):
 class Peer:
     """One peer without a loop: exchange, meeting, gossip, intake."""
 
-    def __init__(self, number: int, every: int = 3) -> None:
+    def __init__(self, number: int, every: int = 3, helper: Executor | None = None) -> None:
         self.log = FullLog()
-        self.exchange = new_exchange(number, log=self.log)
+        self.exchange = new_exchange(number, log=self.log) if helper is None else exchange_on(number, terms(), log=self.log, helper=helper)
         self.clock = FakeClock()
         self.mets: list[Met] = []
         t = terms()
-        self.meeting = MeetingPoint(self.exchange, self.exchange.replica, self.log, every, self.clock, lambda body: Packet.decode(body, t))
+        self.meeting = MeetingPoint(
+            self.exchange, self.exchange.replica, self.log, every, self.clock, lambda body: Packet.decode(body, t), helper
+        )
         self.meeting.post = self.mets.append
         self.meeting.may_publish = True
         chunks = len(t.layout.chunks)
@@ -209,6 +215,133 @@ def test_what_the_replica_refused_is_offered_again() -> None:
     assert peer.intake.recount(peer.exchange.replica) == []
 
 
+# -- beside training ---------------------------------------------------------------------------------------------------
+
+
+def test_with_a_helper_publications_and_hashes_come_at_a_later_meeting_and_nothing_else_changes() -> None:
+    helper = ManualHelper()
+    peer, plain = Peer(1, helper=helper), Peer(1)
+    mets: list[Met] = []
+    for _ in range(6):
+        mets.append(peer.step())
+        plain.step()
+        helper.work()
+    assert [bool(met.published) for met in mets] == [False, False, False, True, False, False]
+    assert [met.state is not None for met in mets] == [False, True, False, True, False, True]
+    assert peer.meeting.settle() == plain.meeting.settle(), "both were captured at steps 3 and 6"
+    assert peer.mets[-2].published, "what was under way is finished and told first"
+    assert len(peer.exchange.replica.applied.seqs(peer.exchange.stream_key, 0)) == 1
+    assert peer.exchange.log.latest(peer.exchange.stream_key, 0) == 2
+
+
+def test_while_one_publication_is_being_made_no_other_begins() -> None:
+    helper = ManualHelper()
+    peer = Peer(1, helper=helper)
+    assert not any(peer.step().published for _ in range(9))
+    assert len([1 for future, _ in helper.waiting]) == 2, "one slice and one hash"
+    helper.work()
+    assert peer.step().published
+    helper.work()
+    met = peer.step()
+    assert met.published and met.published[0][0][1] == 2, "it was due long ago, so it began when the first was ready"
+
+
+def test_leaving_and_dropping_private_work_finish_what_is_under_way() -> None:
+    for act in (lambda p: p.meeting.publish_now(1.0), lambda p: p.meeting.drop_displacement(), lambda p: p.meeting.keep_unpublished(None)):
+        with ThreadPoolExecutor(1) as helper:
+            peer = Peer(1, helper=helper)
+            for _ in range(3):
+                peer.step()
+            act(peer)
+        numbers = [met.published[0][0][1] for met in peer.mets if met.published]
+        assert numbers[0] == 1 and len(numbers) == len(set(numbers))
+        assert peer.meeting.settle()[0] == peer.exchange.replica.applied.digest()
+
+
+def test_a_fault_of_the_helper_is_told_as_without_one() -> None:
+    helper = ManualHelper()
+    peer = Peer(1, helper=helper)
+    peer.log.full = True
+    withheld = []
+    for _ in range(5):
+        withheld.append(peer.step().withheld)
+        helper.work()
+    assert [refusal.code if refusal else "" for refusal in withheld] == ["", "", "", "log-write", ""]
+    peer.exchange.weights[0] = math.nan
+    with pytest.raises(Refused) as refusal:
+        for _ in range(4):
+            peer.step()
+            helper.work()
+    assert refusal.value.code == "not-finite"
+
+
+def test_applying_takes_no_more_than_its_part_of_the_time() -> None:
+    peer, other = Peer(1, every=10**6), Peer(2, every=1)
+    applied: list[int] = []
+    for _ in range(300):
+        peer.clock.time += 1.0
+        for body in other.publication():
+            peer.takes(body)
+        peer.clock.cost_s = 0.05
+        applied.append(sum(receipt.outcome == "applied" for receipt in peer.step().receipts))
+        peer.clock.cost_s = 0.0
+    times = [at for at, count in enumerate(applied) if count]
+    assert 20 < len(times) < 100, "now and then"
+    assert peer.meeting.time.spent.receive <= limits.receive_time_fraction * peer.clock.time
+    assert peer.meeting.settle() == other.meeting.settle()
+
+
+def test_packets_that_wait_are_applied_at_once_before_a_publication_when_idle_and_when_they_fill_the_inbox(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = Peer(2, every=1)
+    body = other.publication()[0]
+    for every, trained, room, at_once in (
+        (1, True, 1 << 20, True),
+        (9, False, 1 << 20, True),
+        (9, True, 1, True),
+        (9, True, 1 << 20, False),
+    ):
+        peer = Peer(1, every)
+        peer.meeting._receive_after = math.inf
+        monkeypatch.setattr(limits, "inbox_bytes", room)
+        assert peer.takes(body)
+        met = peer.step() if trained else peer.meeting.meet_idle()
+        assert bool(met.receipts) == at_once, (every, trained, room)
+
+
+def test_time_in_meetings_is_told_by_cause() -> None:
+    peer, other = Peer(1), Peer(2)
+    bodies = other.publication()
+    peer.clock.cost_s = 1.0
+    assert peer.meeting.time.spent == Seconds()
+    peer.step()
+    assert peer.meeting.time.spent.hash > 0 and peer.meeting.time.spent.receive == 0
+    for body in bodies:
+        peer.takes(body)
+    peer.step()
+    before = peer.meeting.time.spent
+    assert before.receive > 0 and before.publish == 0
+    peer.step()
+    spent = peer.meeting.time.spent.since(before)
+    assert spent.publish > 0 and spent.receive == 0
+    assert peer.meeting.time.spent.total == sum(peer.meeting.time.spent)
+    waiting, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with peer.meeting.exclusively():
+            waiting.set()
+            free.wait()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    waiting.wait()
+    threading.Timer(0.01, free.set).start()
+    peer.step()
+    holder.join()
+    assert peer.meeting.time.spent.wait > 0
+
+
 # -- own publications that cannot be made ------------------------------------------------------------------------------
 
 
@@ -320,5 +453,3 @@ def test_batches_count_only_as_far_as_packets_bear_them_out() -> None:
     applied.add(other, 1, 0)
     applied.note_batches(other, 5)
     assert applied.total_batches(80) == 165
-
-
