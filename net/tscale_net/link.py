@@ -17,7 +17,7 @@ from typing import Protocol
 from tscale_net import limits
 from tscale_net.errors import Refused
 from tscale_net.messages import TRANSFER_KINDS, Bye, HelloBody, Kind, Ping, bye_of, decode, encode
-from tscale_net.ports import APPLICATION_KINDS_START, Channel, Clock, LinkInfo, PeerId
+from tscale_net.ports import APPLICATION_KINDS_START, Channel, Clock, LinkInfo, Moved, PeerId
 from tscale_net.tasks import TaskOwner
 from tscale_net.token_bucket import TokenBucket
 from tscale_net.wire import Wire, WireGone
@@ -74,7 +74,9 @@ class Link:
         owner: LinkOwner,
         clock: Clock,
         upload: TokenBucket | None,
+        moved: Moved | None = None,
     ) -> None:
+        """`moved`: the transport's own count, which this link adds to."""
         self.peer = peer
         self.hello = hello
         """The peer's HELLO."""
@@ -89,6 +91,7 @@ class Link:
         self._queues = {channel: _OutQueue() for channel in Channel}
         self._writers: list[asyncio.Task[None]] = []
         self._rate = TokenBucket(limits.CONTROL_FRAMES_PER_S, clock, limits.CONTROL_FRAMES_BURST)
+        self._moved = moved or Moved()
         self._up_bytes = 0
         self._down_bytes = 0
         self._strikes = 0
@@ -144,6 +147,7 @@ class Link:
                 self.connection_lost("The connection was lost.")
                 return
             self._up_bytes += limits.HEADER_BYTES + len(body)
+            self._moved.sent_bytes += limits.HEADER_BYTES + len(body)
             queue.bytes -= len(body)
             if kind == Kind.BYE:
                 return
@@ -157,6 +161,7 @@ class Link:
         try:
             header, body = self._wires[channel].open(parts)
             self._down_bytes += limits.HEADER_BYTES + len(body)
+            self._moved.received_bytes += limits.HEADER_BYTES + len(body)
             self._dispatch(header.kind, body, channel)
         except Refused as refusal:
             self._strikes += refusal.code != "too-fast"

@@ -41,14 +41,6 @@ class Line:
     loss: float = 0.0
 
 
-@dataclass(slots=True)
-class Moved:
-    """Bytes of one identity since the start of the network, over all links and lives."""
-
-    sent_bytes: int = 0
-    received_bytes: int = 0
-
-
 class MemoryLink:
     """See the module's head."""
 
@@ -155,12 +147,18 @@ class Pipe:
         self._sender.moved.sent_bytes += size
         left_s = self._leaves(len(body), size, now_s)
         arrival_s = left_s + link.latency_s + network.jitter_s * network.rng.random()
+        down = self._receiver.line.down_bytes_s
+        if down and self._channel is Channel.CONTROL:
+            arrival_s += size / down
         if link.loss and self._channel is Channel.CONTROL and network.rng.random() < link.loss:
             arrival_s += RETRANSMIT_S + 2 * link.latency_s
         if arrival_s > self.last_s:
             self.last_s = arrival_s
         self._queue.append((kind, body))
-        network.loop.call_later(self.last_s - now_s, self._arrived, size)
+        if down and self._channel is Channel.BULK:
+            network.loop.call_later(self.last_s - now_s, self._at_the_downlink, size / down)
+        else:
+            network.loop.call_later(self.last_s - now_s, self._arrived)
 
     def _leaves(self, body_bytes: int, size: int, now_s: float) -> float:
         """When a message handed over now has left its sender, in clock seconds."""
@@ -175,17 +173,12 @@ class Pipe:
         sender.note_pending(self._receiver.peer_id, left_s, body_bytes)
         return left_s
 
-    def _arrived(self, size: int) -> None:
-        """At the far end's provider: its downlink comes last."""
-        down = self._receiver.line.down_bytes_s
-        if down:
-            took_s, now_s = size / down, self._link.network.clock.now()
-            wait_s = took_s if self._channel is Channel.CONTROL else self._receiver.through_downlink(took_s, now_s)
-            self._link.network.loop.call_later(wait_s, self._through)
-        else:
-            self._through()
+    def _at_the_downlink(self, took_s: float) -> None:
+        """Bulk at the far end's provider waits for its turn."""
+        wait_s = self._receiver.through_downlink(took_s, self._link.network.clock.now())
+        self._link.network.loop.call_later(wait_s, self._arrived)
 
-    def _through(self) -> None:
+    def _arrived(self) -> None:
         self._due += 1
         if not self._link.blocked:
             self.flush()

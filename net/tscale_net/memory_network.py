@@ -16,9 +16,9 @@ from collections.abc import Collection, Sequence
 from tscale_net import limits
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity
-from tscale_net.memory_link import Line, MemoryLink, Moved
+from tscale_net.memory_link import Line, MemoryLink
 from tscale_net.memory_transport import MemoryTransport
-from tscale_net.ports import Clock, PeerId, Rng
+from tscale_net.ports import Clock, Moved, PeerId, Rng
 from tscale_net.stall import Stall
 
 
@@ -48,7 +48,8 @@ class MemoryNetwork:
         self.loop = asyncio.get_running_loop()
         self.messages = 0
         """Messages delivered since the start."""
-        self.moved: dict[PeerId, Moved] = {}
+        self.lives: dict[PeerId, list[Moved]] = {}
+        """Bytes of each transport that an identity ever had here."""
         self._hosts: dict[PeerId, str] = {}
         self._by_host: dict[str, MemoryTransport] = {}
         self._links: dict[tuple[PeerId, PeerId], MemoryLink] = {}
@@ -65,13 +66,24 @@ class MemoryNetwork:
         max_upload_bytes_s: float | None = None,
         line: Line | None = None,
         stall: Stall | None = None,
+        clock_ahead_s: float = 0.0,
     ) -> MemoryTransport:
         """A peer on this network. The same identity keeps its address when it is made again after `kill` or `close`. `line`: its way to
-        the internet, if not the network's usual one; `stall`: it can stand still."""
+        the internet, if not the network's usual one; `stall`: it can stand still; `clock_ahead_s`: how
+        wrong its wall clock is, which a handshake shows."""
         host = self._hosts.setdefault(identity.peer_id, self._new_host())
         line = line or Line(up_bytes_s=self.bandwidth_bytes_s)
         return MemoryTransport(
-            self, identity, host, name=name, run=run, listens=listens, upload_bytes_s=max_upload_bytes_s, line=line, stall=stall
+            self,
+            identity,
+            host,
+            name=name,
+            run=run,
+            listens=listens,
+            upload_bytes_s=max_upload_bytes_s,
+            line=line,
+            stall=stall,
+            clock_ahead_s=clock_ahead_s,
         )
 
     def _new_host(self) -> str:
@@ -99,6 +111,11 @@ class MemoryNetwork:
     def reaches(self, one: PeerId, other: PeerId) -> bool:
         """Whether packets pass between two peers now. Peers in no group reach everybody."""
         return one not in self._group or other not in self._group or self._group[one] == self._group[other]
+
+    def moved(self, peer: PeerId) -> Moved:
+        """Bytes of one identity over all its lives."""
+        lives = self.lives.get(peer, ())
+        return Moved(sum(life.sent_bytes for life in lives), sum(life.received_bytes for life in lives))
 
     def one_way_s(self) -> float:
         """A one-way delay drawn now."""

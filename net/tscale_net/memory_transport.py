@@ -17,8 +17,8 @@ from tscale_net.errors import Refused
 from tscale_net.events import EventQueue
 from tscale_net.frames import check_outgoing
 from tscale_net.identity import Identity
-from tscale_net.memory_link import Line, Moved
-from tscale_net.ports import Channel, Event, Frame, LinkDown, LinkInfo, LinkUp, PeerId
+from tscale_net.memory_link import Line
+from tscale_net.ports import Channel, Event, Frame, LinkDown, LinkInfo, LinkUp, Moved, PeerId
 from tscale_net.stall import Stall
 from tscale_net.token_bucket import TokenBucket
 
@@ -42,11 +42,14 @@ class MemoryTransport:
         upload_bytes_s: float | None,
         line: Line,
         stall: Stall | None,
+        clock_ahead_s: float,
     ) -> None:
         self.identity = identity
         self.peer_id = identity.peer_id
         self.line = line
-        self.moved = network.moved.setdefault(identity.peer_id, Moved())
+        self.clock_ahead_s = clock_ahead_s
+        self.moved = Moved()
+        network.lives.setdefault(identity.peer_id, []).append(self.moved)
         self._stall = stall
         self.host = host
         self.host_port = f"{host}:{limits.DEFAULT_PORT}"
@@ -109,6 +112,10 @@ class MemoryTransport:
         self._alive()
         if far.dead or not network.reaches(self.peer_id, far.peer_id):
             raise Refused("unreachable", f"The peer at {far.host} went away during the handshake. Try again.")
+        skew_s = abs(self.clock_ahead_s - far.clock_ahead_s)
+        if skew_s > limits.CLOCK_WINDOW_S:
+            both = f"The two clocks differ by {skew_s:.0f} s, more than {limits.CLOCK_WINDOW_S:.0f} s are not accepted."
+            raise Refused("clock-skew", f"{both} Set both (NTP).")
         if far.ban_left_s(self.peer_id) > 0:
             raise Refused("not-admitted", f"The peer at {far.host} does not admit this identity (it is banned there).")
         if self.ban_left_s(far.peer_id) > 0:

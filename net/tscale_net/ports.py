@@ -89,6 +89,14 @@ class LinkInfo:
     down_bytes: int
 
 
+@dataclass(slots=True)
+class Moved:
+    """Bytes of all links of one transport since its start, links that are gone included."""
+
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+
 class Clock(Protocol):
     """Seconds. `now` is monotonic and only good for differences, `wall` is Unix time."""
 
@@ -152,6 +160,11 @@ class Transport(Protocol):
         ...
 
     def links(self) -> Sequence[LinkInfo]: ...
+
+    @property
+    def moved(self) -> Moved:
+        """Bytes so far; read it, do not change it."""
+        ...
 
     async def close(self, linger_s: float = 0.0) -> None:
         """Say BYE on all links, give queued messages up to `linger_s` seconds, then stop. May be called twice."""

@@ -21,7 +21,7 @@ from tscale_net.identity import peer_id_of
 from tscale_net.link import Link
 from tscale_net.listener import Route
 from tscale_net.messages import Attach, HelloBody, Kind, encode
-from tscale_net.ports import Channel, Clock, Frame, LinkDown, LinkUp, PeerId
+from tscale_net.ports import Channel, Clock, Frame, LinkDown, LinkUp, Moved, PeerId
 from tscale_net.tasks import TaskOwner
 from tscale_net.token_bucket import TokenBucket
 from tscale_net.wire import Wire, WireGone
@@ -58,6 +58,7 @@ class Sessions:
         run: Callable[[], bytes],
     ) -> None:
         self.links: dict[PeerId, Link] = {}
+        self.moved = Moved()
         self._clock = clock
         self._maker = maker
         self._gate = gate
@@ -143,7 +144,10 @@ class Sessions:
             self._tasks.spawn(self._watch(link, dealing), f"watch {channel.name} of {peer[-6:]}")
 
     def _new_link(self, peer: PeerId, hello: HelloBody, wires: dict[Channel, Wire], address: str, outgoing: bool) -> Link:
-        return Link(peer, hello, wires, address=address, outgoing=outgoing, owner=self, clock=self._clock, upload=self._upload)
+        return Link(
+            peer, hello, wires,
+            address=address, outgoing=outgoing, owner=self, clock=self._clock, upload=self._upload, moved=self.moved,
+        )  # fmt: skip
 
     def _stand(self, link: Link) -> None:
         old = self.links.get(link.peer)

@@ -23,7 +23,7 @@ from tscale_net.handshake import HelloGate, HelloMaker
 from tscale_net.identity import Identity, curve_key_of, peer_id_of, public_key_of
 from tscale_net.listener import Listener
 from tscale_net.own_addresses import own_hosts
-from tscale_net.ports import Channel, Clock, Event, LinkInfo, PeerId, Rng
+from tscale_net.ports import Channel, Clock, Event, LinkInfo, Moved, PeerId, Rng
 from tscale_net.sessions import Sessions
 from tscale_net.sockets import listening_pair, new_context
 from tscale_net.tasks import TaskOwner
@@ -206,6 +206,11 @@ class ZmqTransport:
     def links(self) -> Sequence[LinkInfo]:
         """See Transport.links."""
         return [link.info() for link in self._sessions.links.values()]
+
+    @property
+    def moved(self) -> Moved:
+        """See Transport.moved."""
+        return self._sessions.moved
 
     # --- time and end -----------------------------------------------------------------------------------------------------------
     async def _keep_alive(self) -> None:

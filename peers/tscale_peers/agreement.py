@@ -6,9 +6,11 @@ last few own pairs are kept and a pair of another peer is compared with all of t
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 from tscale_net.ports import PeerId
+from tscale_peers import limits
 from tscale_peers.notices import NoticeBoard
 from tscale_peers.records import PeerRecord
 
@@ -21,8 +23,8 @@ class Agreement:
         self.differing: dict[PeerId, bytes] = {}
         self._board = board
         self._recent: tuple[bytes, bytes] | None = None
-        self._hashes: dict[bytes, bytes] = {}
-        """Of the own recent states, by digest, as of the newest `_recent`."""
+        self._hashes: OrderedDict[bytes, bytes] = OrderedDict()
+        """Of own states, by digest, oldest first, as of the newest `_recent`."""
 
     def forget(self, is_known: Callable[[PeerId], bool]) -> None:
         """Keep only peers that are still known."""
@@ -34,7 +36,10 @@ class Agreement:
         """Compare another peer's latest pair with our recent ones, the newest last. Another thread may append to `recent`."""
         newest = recent[-1] if recent else None
         if newest is not self._recent:
-            self._recent, self._hashes = newest, dict(tuple(recent))
+            self._recent = newest
+            self._hashes.update(tuple(recent))
+            while len(self._hashes) > limits.states_remembered:
+                self._hashes.popitem(last=False)
         mine = self._hashes.get(record.digest)
         if mine is None or not record.digest:
             return

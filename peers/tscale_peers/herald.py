@@ -28,6 +28,8 @@ class Herald:
         self._clock = clock
         self._rng = rng
         self._renew_at = 0.0
+        self._renewed_at = 0.0
+        self._stated: set[PeerId] = set()
         self._tell_at = 0.0
         self._outdone = False
 
@@ -38,12 +40,15 @@ class Herald:
         first, self._outdone = not self._outdone, True
         return first
 
-    def due(self) -> bool:
-        return self._clock.now() >= self._renew_at
-
-    def renew(self, record: PeerRecord) -> None:
-        """Take up `record` (with `incarnation` and the next `seq` of this herald) as the newest word."""
+    def due(self, linked: set[PeerId]) -> bool:
+        """Is it time for a new word? A change of links since the last one is told soon."""
         now = self._clock.now()
+        return now >= self._renew_at or (linked != self._stated and now >= self._renewed_at + limits.links_renewed_s)
+
+    def renew(self, record: PeerRecord, linked: set[PeerId]) -> None:
+        """Take up `record` (with `incarnation` and the next `seq` of this herald) as the newest word; `linked`: whose links it states."""
+        now = self._clock.now()
+        self._renewed_at, self._stated = now, set(linked)
         self._renew_at = now + self._membership.heartbeat_s() * (0.9 + 0.2 * self._rng.random())
         self.seq = record.seq
         self._membership.learn(seal(record, self._sign), now)
@@ -62,3 +67,4 @@ class Herald:
             news = self._membership.news_for(peer)
             if news:
                 self._transport.send(peer, RECORDS, msgspec.msgpack.encode(Records(news)))
+                self._membership.urgent |= self._membership.has_more_for(peer)

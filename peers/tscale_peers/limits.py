@@ -97,17 +97,20 @@ record_old_s = 90.0
 not link."""
 heartbeat_s = 2.0
 """A record is renewed this often in small swarms."""
-heartbeat_per_peer_s = 0.5
-"""In large ones once per this times the number of peers: record traffic stays about 2 records a second over each link."""
+heartbeat_per_peer_s = 1.0
+"""In large ones once per this times the number of peers: record traffic stays about one record a second over each link."""
+links_renewed_s = 2.0
+"""A change of links is stated this soon: a peer that comes or goes changes several links at once."""
 heartbeat_parts = 8
 """News of others is gathered for this part of a heartbeat before it is told on: it then takes half a heartbeat through any swarm."""
 suspect_s = 7.0
-"""Three heartbeats lost."""
-suspect_heartbeats = 2.5
 dead_s = 15.0
-"""A killed peer is noticed within this in small swarms; stalls of 5 s of a training process stay harmless."""
-dead_heartbeats = 4.0
-"""In large swarms, whose heartbeats are longer, silence is counted in them: links lose nothing, so a missing record is no accident."""
+"""Without any chain of links. A killed peer's links are reset at once, or fall silent for 14 s; stalls of 5 s break no link."""
+dead_heartbeats = 6.0
+"""Records not renewed for so long are worth nothing, whatever links are stated to their peers: links lose no message, so a missing record
+is no accident."""
+states_remembered = 512
+"""Own (digest, hash) pairs that others' records are compared with: a record of a large swarm may be half a minute and many states old."""
 records_journal = 4096
 """News of peers that some neighbour was not told yet, before the neighbours' own lists are brought up to date: 32 KiB."""
 links_target = 8
@@ -128,8 +131,6 @@ house_s = 1.0
 """What has no event of its own is looked after this often: who is alive, whom to dial, deadlines, whether the uplink is free."""
 share_s = 5.0
 """The share and the pace are worked out anew this often, and when somebody comes or goes: rates are averages over 30 s."""
-traffic_s = 2.0
-"""Byte counters of links are read this often: a fifth of the time constant of what people see."""
 push_fanout = 3
 """Epidemic push: 3 reach almost everybody in log3 N hops, the rest pull."""
 push_max_bytes = 64 << 10
@@ -168,10 +169,11 @@ sets_told_per_s, sets_told_burst = 1.0, 4.0
 sets_heard_per_s, sets_heard_burst = 2.0, 8.0
 """Whole sets per neighbour: the question has 60 bytes, the answer up to 480 KiB, and 4096 streams take 0.1 s to read. Twice as many are
 listened to as told, so that two honest clocks never disagree."""
-verify_queue_packets = 64
-"""Packets of one neighbour that wait for their signature check: twice what it may owe. More is a flood."""
-verify_queue_bytes = verify_queue_packets << 19
-"""No packet is larger than a bulk message, so the count is what binds."""
+verify_queue_packets = 4 * packets_in_flight
+"""Packets of one neighbour that wait for their signature check: as many as it may owe, as many that it pushed, and a second copy of either,
+where what was pushed is asked for before it is checked. More is a flood."""
+verify_queue_bytes = 32 << 20
+"""The same in bytes."""
 log_retry_s = 10.0
 """Nothing is pulled for so long after the log could not be written: a full disk does not empty itself within a second."""
 rate_time_constant_s = 30.0
@@ -235,8 +237,8 @@ unheld_keys = 65536
 
 # -- chunk owners ------------------------------------------------------------------------------------------------------
 
-owner_settled_s = 15.0
-"""A peer owns chunks once its program has been running for so long: as long as it takes to notice that a peer is gone."""
+owner_settled_s = 10.0
+"""A peer owns chunks once its program has been running for so long: who only looks in shall not move any."""
 owner_load = 1.25
 """An owner has at most this many times the fair number of chunks. Less moves more chunks when a peer comes or goes (guess)."""
 

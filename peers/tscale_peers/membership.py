@@ -1,11 +1,12 @@
-"""Who is in the swarm: live, suspect, dead or left, judged by how lately each peer's signed record moved on.
+"""Who is in the swarm: live, suspect, dead or left, judged by links that peers state and by how lately their signed records moved on.
 
 Enters: records as they are heard, links going up and down, the time. Leaves: changes for people, who to tell what, whom to dial.
-Rule: every peer renews its record each heartbeat and all relay it; a peer not heard of for `suspect_s` is suspect, for `dead_s` dead
-(gossip-style failure detection, van Renesse 1998). Its own word (`leaving`) ends it at once. The event loop renews the record, not the
-training thread, so a peer whose training stalls for seconds is not taken for dead. A dead peer is dialled again now and then, so that
-partitions heal.
-Pure state: the time and the random source are passed in.
+Rule: whoever a chain of stated links leads to is live (reach.py). One that no chain leads to is suspect when nothing was heard of it for
+`suspect_s`, dead after `dead_s`. Its own word (`leaving`) ends it at once. So that nobody can keep up the dead by stating links to them, a
+record that was not renewed for `dead_heartbeats` counts as if no chain led to it.
+A peer renews its record each heartbeat, and soon when its links change; all relay it. The event loop does so, not the training thread, and
+links stand for longer than any stall, so a peer whose training or process stalls for seconds is not taken for dead. A dead peer is dialled
+again now and then, so that partitions heal. Pure state: the time and the random source are passed in.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
 
 from tscale_net.errors import Refused
 from tscale_net.ports import PeerId, Rng
 from tscale_peers import limits
 from tscale_peers.allowance import Allowance
+from tscale_peers.reach import Reach
 from tscale_peers.record_news import RecordNews
-from tscale_peers.records import PeerRecord, RecordBook
+from tscale_peers.records import Heard, PeerRecord, RecordBook
 
 
 class State(StrEnum):
@@ -51,10 +52,16 @@ class Membership:
         book.pinned.add(me)
         self._told_by: dict[PeerId, Allowance] = {}
         self._news = RecordNews()
+        self._reach = Reach(me)
+        self._linked: set[PeerId] = set()
+        self._there_at: dict[PeerId, float] = {}
+        """When a chain of links last led to each peer."""
         self._silent: set[PeerId] = set()
         """Linked, and no record has come over the link yet."""
         self.urgent = False
-        """A record was learned that others should hear of at once: of a newcomer, or of one that leaves. Cleared by who tells it."""
+        """A record was learned that others should hear of at once: of a newcomer, of one that leaves, or with other links than before.
+        Cleared by who tells it."""
+        self._links_version = 0
         self.live_count = 0
         """Others that were live at the last tick."""
         self._judge_at = 0.0
@@ -85,12 +92,16 @@ class Membership:
     def _note(self, record: PeerRecord) -> None:
         peer = record.peer
         self._news.learned(peer)
+        if self.book.links_version != self._links_version:
+            self._links_version = self.book.links_version
+            self.urgent = True
         if peer != self.me and (record.leaving or self._state.get(peer) is not State.LIVE):
             self.urgent = True
             self._judge_at = 0.0
 
     def link_up(self, peer: PeerId) -> None:
         """A new neighbour is told of this peer, and of all others once it speaks: a newcomer that still fetches data would not hear it."""
+        self._linked.add(peer)
         self._news.link_up(peer, [self.me])
         self._silent.add(peer)
         self._told_by[peer] = Allowance(limits.records_per_s, limits.records_burst)
@@ -103,6 +114,7 @@ class Membership:
             self._news.tell(peer, [heard.record.peer for heard in self.book.all() if heard.record.peer != peer])
 
     def link_down(self, peer: PeerId) -> None:
+        self._linked.discard(peer)
         self._news.link_down(peer)
         self._silent.discard(peer)
         self._told_by.pop(peer, None)
@@ -111,6 +123,10 @@ class Membership:
     def news_for(self, neighbour: PeerId) -> list[bytes]:
         """Signed records that this neighbour was not told yet (bounded; the rest comes next time)."""
         return self._news.next_for(neighbour, self.book.newest)
+
+    def has_more_for(self, neighbour: PeerId) -> bool:
+        """Was there more than one message may hold?"""
+        return self._news.has_more_for(neighbour)
 
     # -- states ------------------------------------------------------------------------------------------------------
 
@@ -123,40 +139,48 @@ class Membership:
 
     def tick(self, now: float) -> list[Change]:
         """Re-judge everybody, if anybody's state can have changed; returns what changed since the last tick."""
-        if now < self._judge_at:
+        moved = self._reach.update(self.book, self._linked)
+        if not moved and now < self._judge_at:
             return []
         self._forget_the_forgotten()
-        limit = self._patience()
         changes = []
-        self._judge_at = now + limit.dead_s
+        self._judge_at = now + limits.dead_s
         for heard in self.book.all():
             peer = heard.record.peer
             if peer == self.me:
                 continue
-            silent_s = now - heard.heard_at
-            after = _judge(heard.record.leaving, silent_s, limit)
+            after = self._judge(heard, now)
             before = self._state.get(peer)
             if after is not before:
                 self._state[peer] = after
                 changes.append(Change(peer, heard.record.name, before, after))
-            if after is State.LIVE:
-                self._judge_at = min(self._judge_at, now + limit.suspect_s - silent_s)
-            elif after is State.SUSPECT:
-                self._judge_at = min(self._judge_at, now + limit.dead_s - silent_s)
         self.live_count = sum(state is State.LIVE for state in self._state.values())
         return changes
+
+    def _judge(self, heard: Heard, now: float) -> State:
+        """The state now; `_judge_at` is set to when it may change by itself."""
+        peer = heard.record.peer
+        if heard.record.leaving:
+            return State.LEFT
+        if peer in self._reach.peers and now - heard.heard_at < self._longest_silence_s():
+            self._there_at[peer] = now
+            return State.LIVE
+        silent_s = now - max(heard.heard_at, self._there_at.get(peer, heard.heard_at))
+        if silent_s >= limits.dead_s:
+            return State.DEAD
+        is_suspect = silent_s >= limits.suspect_s
+        self._judge_at = min(self._judge_at, now - silent_s + (limits.dead_s if is_suspect else limits.suspect_s))
+        return State.SUSPECT if is_suspect else State.LIVE
+
+    def _longest_silence_s(self) -> float:
+        return max(limits.dead_s, limits.dead_heartbeats * self.heartbeat_s())
 
     def _forget_the_forgotten(self) -> None:
         if len(self._state) >= len(self.book):  # all but this peer itself have a state
             for forgotten in [peer for peer in self._state if peer not in self.book]:
                 del self._state[forgotten]
+                self._there_at.pop(forgotten, None)
                 self._news.forget(forgotten)
-
-    def _patience(self) -> _Patience:
-        heartbeat_s = self.heartbeat_s()
-        return _Patience(
-            max(limits.suspect_s, limits.suspect_heartbeats * heartbeat_s), max(limits.dead_s, limits.dead_heartbeats * heartbeat_s)
-        )
 
     def live(self) -> list[PeerRecord]:
         """Records of the others that are live, in a fixed order."""
@@ -190,18 +214,3 @@ class Membership:
         self._rng.shuffle(free)
         free.sort(key=lambda r: self._state[r.peer] is not State.LIVE)
         return free[: min(room, limits.dials_per_tick)]
-
-
-class _Patience(NamedTuple):
-    """How long a peer may be silent."""
-
-    suspect_s: float
-    dead_s: float
-
-
-def _judge(leaving: bool, silent_s: float, limit: _Patience) -> State:
-    if leaving:
-        return State.LEFT
-    if silent_s >= limit.dead_s:
-        return State.DEAD
-    return State.SUSPECT if silent_s >= limit.suspect_s else State.LIVE

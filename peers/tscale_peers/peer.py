@@ -391,7 +391,7 @@ class SwarmPeer:
             average_loss=self.measured.average_loss,
             links=tuple(sorted(map(node_of, self.linked))[: limits.record_max_links]),
         )
-        self.herald.renew(record)
+        self.herald.renew(record, self.linked)
 
     # -- actions -----------------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class Pulse:
         if changes:
             peer.show(changes)
             peer.agreement.forget(peer.membership.book.__contains__)
-        if peer.herald.due():
+        if peer.herald.due(peer.linked):
             peer.renew_record()
         if not peer.leaving:
             peer.dialler.tick(peer.linked, tasks)
@@ -105,7 +105,7 @@ class Pulse:
     def _measure(self, now: float) -> None:
         """The own connection, from what came and what was wanted."""
         peer = self._peer
-        peer.traffic.note_if_due(peer.outside.transport.links, now)
+        peer.traffic.note(peer.outside.transport.moved, now)
         chunks = len(peer.meeting.replica.layout.chunks)
         backlog = 0 if peer.gossip.hold else peer.gossip.backlog()
         live = 1 + peer.membership.live_count

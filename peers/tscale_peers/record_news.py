@@ -86,6 +86,11 @@ class RecordNews:
             del reader.untold[peer]
         return news
 
+    def has_more_for(self, neighbour: PeerId) -> bool:
+        """Is it untold of anything taken up so far?"""
+        reader = self._readers.get(neighbour)
+        return reader is not None and bool(reader.untold)
+
     def _take_up(self, reader: _Reader, neighbour: PeerId) -> None:
         """Move the journal's entries from this neighbour's place on to what it is untold of."""
         new = self._journal[reader.place - self._begin :]

@@ -9,7 +9,7 @@ from test_membership import RUN, identity, members, sealed
 
 from tscale_net.errors import Refused
 from tscale_net.identity import verify
-from tscale_net.ports import LinkInfo, PeerId
+from tscale_net.ports import Moved, PeerId
 from tscale_peers import limits
 from tscale_peers.agreement import Agreement
 from tscale_peers.allowance import Allowance
@@ -86,17 +86,12 @@ def test_agreement_compares_with_all_recent_states_and_forgets_who_is_gone() -> 
 # -- traffic -----------------------------------------------------------------------------------------------------------
 
 
-def link(peer: str, up: int, down: int) -> LinkInfo:
-    return LinkInfo(peer, peer, "", True, None, up, down)
-
-
-def test_traffic_adds_over_links_that_come_and_go() -> None:
+def test_traffic_shows_totals_and_averages() -> None:
     traffic = Traffic()
-    noted = ([link("a", 10, 1)], [link("a", 15, 2), link("b", 5, 5)], [link("b", 6, 5)], [link("a", 3, 1), link("b", 6, 6)], [])
-    for second, links in enumerate(noted):
-        traffic.note(links, float(second))
-    assert (traffic.up_bytes, traffic.down_bytes) == (15 + 6 + 3, 2 + 6 + 1)
-    assert traffic._seen == {}
+    for second, moved in enumerate((Moved(10, 1), Moved(60, 21), Moved(110, 41))):
+        traffic.note(moved, float(second))
+    assert (traffic.up_bytes, traffic.down_bytes) == (110, 41)
+    assert 0 < traffic.down.per_s < traffic.up.per_s < 50
 
 
 # -- allowances and conduct --------------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ class _Watch:
 
         if self._terminal:
             bar = bar_text(min(1.0, sample.minute / self._minutes), PROGRESS_BAR_CHARACTERS)
-            text = f"{bar} {sample.minute:6.1f} min  {sample.living} live  loss {sample.loss:.4f}  {bytes_text(sample.bytes_per_peer)} per peer"
+            moved = bytes_text(sample.bytes_per_peer)
+            text = f"{bar} {sample.minute:6.1f} min  {sample.living} live  loss {sample.loss:.4f}  {moved} per peer"
             sys.stderr.write(f"\r\x1b[K{text}")
             sys.stderr.flush()
             self._drawn = True

@@ -50,9 +50,9 @@ def chart_lines(samples: Sequence[Sample], axis: Axis) -> list[str]:
     low, high, left, right = min(ys), max(ys), min(xs), max(xs)
     rows = [[" "] * CHART_COLUMNS for _ in range(CHART_LINES)]
     for x, y in zip(xs, ys, strict=True):
-        column = round((x - left) / (right - left) * (CHART_COLUMNS - 1)) if right > left else 0
-        row = round((high - y) / (high - low) * (CHART_LINES - 1)) if high > low else 0
-        rows[row][column] = "*"
+        across = round((x - left) / (right - left) * (CHART_COLUMNS - 1)) if right > left else 0
+        down = round((high - y) / (high - low) * (CHART_LINES - 1)) if high > low else 0
+        rows[down][across] = "*"
     lines = []
     for number, row in enumerate(rows):
         level = high - (high - low) * number / (CHART_LINES - 1)

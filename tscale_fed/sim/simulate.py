@@ -152,7 +152,7 @@ class _Run:
         living = swarm.living()
         shared = next(sim for sim in swarm.peers if sim.alive and sim.peer is not None and not sim.peer.gossip.hold)
         assert shared.peer is not None
-        received = sum(moved.received_bytes for moved in swarm.network.moved.values())
+        received = sum(swarm.network.moved(sim.identity.peer_id).received_bytes for sim in swarm.peers)
         self._count_false_deaths()
         return Sample(
             minute=self._clock.now() / MINUTE_S,
@@ -203,7 +203,7 @@ class _Run:
             sims = [sim for sim in self.swarm.peers if self._scenario.speeds[sim.seed % len(self._scenario.speeds)] == speed]
             if not sims:
                 continue
-            moved, count = [self.swarm.network.moved[sim.identity.peer_id] for sim in sims], len(sims)
+            moved, count = [self.swarm.network.moved(sim.identity.peer_id) for sim in sims], len(sims)
             rows.append(
                 SpeedRow(
                     speed=speed,
