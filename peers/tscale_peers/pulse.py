@@ -108,8 +108,9 @@ class Pulse:
         peer.traffic.note(peer.outside.transport.moved, now)
         chunks = len(peer.meeting.replica.layout.chunks)
         backlog = 0 if peer.gossip.hold else peer.gossip.backlog()
+        unheld = peer.unheld() if peer.gossip.has_listeners() else 0  # who is alone has nobody to send to
         live = 1 + peer.membership.live_count
-        peer.pacer.measure(Standing(peer.traffic.down_bytes, peer.traffic.up_bytes, backlog, peer.unheld(), chunks, live), now)
+        peer.pacer.measure(Standing(peer.traffic.down_bytes, peer.traffic.up_bytes, backlog, unheld, chunks, live), now)
 
     def _choose_pace(self) -> None:
         """See what the links of those who do the work allow."""
