@@ -40,14 +40,11 @@ def step_scalars(rate: float, beta: float, count: float, l2: float = 0.0) -> lis
 
 def ref_optimizer_step(
     weights: Tensor, momentum: Tensor, gradient: Tensor, plan: UpdatePlan, *, scalars: Tensor, moment_sums: Tensor, bad_matrix: Tensor,
-    mean_squares: Tensor | None = None, square_sums: Tensor | None = None, weight_squares: Tensor | None = None,
-    seed: Tensor | None = None, clear: bool = False,
+    square_sums: Tensor | None = None, weight_squares: Tensor | None = None, seed: Tensor | None = None, clear: bool = False,
 ) -> None:  # fmt: skip
     """See `optimizer_step`."""
     rate, gap, inverse_count, decay = scalars.unbind()
-    if mean_squares is not None:
-        _take_mean_squares(plan, mean_squares, bad_matrix)
-    for index, matrix in enumerate(plan.matrices) if mean_squares is None else ():
+    for index, matrix in enumerate(plan.matrices):
         g = gradient[matrix.start : matrix.start + matrix.rows * matrix.columns].view(matrix.rows, matrix.columns)
         if matrix.sums is not None and square_sums is not None:
             mean = square_sums[matrix.sums[0] : sum(matrix.sums)].double().sum().view(1) / g.numel()
@@ -72,13 +69,6 @@ def ref_optimizer_step(
         gradient.zero_()
     if weight_squares is not None:
         weight_squares.copy_(ref_block_squares(weights, [matrix.span for matrix in plan.matrices]))
-
-
-def _take_mean_squares(plan: UpdatePlan, given: Tensor, bad_matrix: Tensor) -> None:
-    """Use means that the caller knows; the first that is not finite names its matrix. Nothing is waited for."""
-    plan.mean_squares.copy_(given)
-    first_bad = torch.where(given.isfinite(), ALL_FINITE, plan.matrix_of_moment).min()
-    bad_matrix.copy_(torch.minimum(bad_matrix, first_bad.to(torch.int32)))
 
 
 def _dithered(values: Tensor, start: int, seed: Tensor | None) -> Tensor:
@@ -200,26 +190,9 @@ if has_triton():
 
 def _launch_update(
     weights: Tensor, momentum: Tensor, gradient: Tensor, plan: UpdatePlan, scalars: Tensor, moment_sums: Tensor, bad_matrix: Tensor,
-    mean_squares: Tensor | None, square_sums: Tensor | None, weight_squares: Tensor | None, seed: Tensor | None, clear: bool,
+    square_sums: Tensor | None, weight_squares: Tensor | None, seed: Tensor | None, clear: bool,
 ) -> None:  # fmt: skip
     card = capability(weights.device)
-    if mean_squares is None:
-        _launch_squares(gradient, plan, bad_matrix, square_sums, card)
-    else:
-        _take_mean_squares(plan, mean_squares, bad_matrix)
-    moments_kernel[(triton.cdiv(plan.moments, 512),)](
-        plan.mean_squares, moment_sums, plan.multipliers, scalars, bad_matrix, plan.moments, FINE=ALL_FINITE, BLOCK=512, num_warps=4
-    )
-    update_kernel[(plan.blocks,)](
-        weights, momentum, gradient, plan.update_table, plan.multipliers, scalars,
-        plan.own_sums if weight_squares is None else weight_squares, bad_matrix, bad_matrix if seed is None else seed, FINE=ALL_FINITE,
-        COLUMNS=BLOCK_COLUMNS, GROUPS=BLOCK_GROUPS, DITHER=momentum.dtype == torch.bfloat16, SALT=MOMENTUM_SALT, CLEAR=clear,
-        SQUARES=weight_squares is not None, enable_fp_fusion=False, **launch("optimizer_step", card),
-    )  # fmt: skip
-
-
-def _launch_squares(gradient: Tensor, plan: UpdatePlan, bad_matrix: Tensor, square_sums: Tensor | None, card: tuple[int, int]) -> None:
-    """`plan.mean_squares` of the gradient."""
     if plan.row_table.shape[0]:
         row_squares_kernel[(plan.row_table.shape[0],)](
             gradient, plan.row_table, plan.mean_squares, bad_matrix, COLUMNS=ROW_COLUMNS, BR=plan.rows_at_once,
@@ -231,6 +204,15 @@ def _launch_squares(gradient: Tensor, plan: UpdatePlan, bad_matrix: Tensor, squa
             plan.matrix_table, plan.own_sums, plan.mean_squares if square_sums is None else square_sums, plan.mean_squares, bad_matrix,
             COLUMNS=MATRIX_COLUMNS, BLOCK=512, num_warps=4,
         )  # fmt: skip
+    moments_kernel[(triton.cdiv(plan.moments, 512),)](
+        plan.mean_squares, moment_sums, plan.multipliers, scalars, bad_matrix, plan.moments, FINE=ALL_FINITE, BLOCK=512, num_warps=4
+    )
+    update_kernel[(plan.blocks,)](
+        weights, momentum, gradient, plan.update_table, plan.multipliers, scalars,
+        plan.own_sums if weight_squares is None else weight_squares, bad_matrix, bad_matrix if seed is None else seed, FINE=ALL_FINITE,
+        COLUMNS=BLOCK_COLUMNS, GROUPS=BLOCK_GROUPS, DITHER=momentum.dtype == torch.bfloat16, SALT=MOMENTUM_SALT, CLEAR=clear,
+        SQUARES=weight_squares is not None, enable_fp_fusion=False, **launch("optimizer_step", card),
+    )  # fmt: skip
 
 
 # -- run ---------------------------------------------------------------------------------------------------------------
@@ -238,15 +220,14 @@ def _launch_squares(gradient: Tensor, plan: UpdatePlan, bad_matrix: Tensor, squa
 
 def optimizer_step(
     weights: Tensor, momentum: Tensor, gradient: Tensor, plan: UpdatePlan, *, scalars: Tensor, moment_sums: Tensor, bad_matrix: Tensor,
-    mean_squares: Tensor | None = None, square_sums: Tensor | None = None, weight_squares: Tensor | None = None,
-    seed: Tensor | None = None, clear: bool = False, backend: BackendName | None = None,
+    square_sums: Tensor | None = None, weight_squares: Tensor | None = None, seed: Tensor | None = None, clear: bool = False,
+    backend: BackendName | None = None,
 ) -> None:  # fmt: skip
     """Update momentum, second moments and weights in place.
 
     weights, gradient: fp32 [P]. momentum: fp32 or bf16 [P]. scalars: fp32 [4] of `step_scalars`, on the device. moment_sums: fp32
     [plan.moments]. bad_matrix: int32 [1], set to ALL_FINITE by the caller; falls to the index of the first matrix whose sum of squares is
     not finite. If it is not ALL_FINITE then (or was not before), nothing else is written.
-    mean_squares: fp32 [plan.moments], s of every matrix or row where the caller knows it; the gradient's own squares are not looked at.
     square_sums: fp32, sums of squares that the gradient kernels left (`UpdateMatrix.sums`). weight_squares: fp64 [plan.blocks], gets sums
     of squares of the new weights: those that `pack_weights` takes for the same matrices in the same order. seed: int32 [1], new at each
     step, needed for a bf16 momentum. clear: set the gradient to zero. Raises ValueError where lengths do not match.
@@ -258,14 +239,14 @@ def optimizer_step(
         raise ValueError(f"weight_squares of {weight_squares.numel()} elements does not fit {plan.blocks} blocks")
     if momentum.dtype == torch.bfloat16 and seed is None:
         raise ValueError("a bf16 momentum needs a seed")
-    if square_sums is None and mean_squares is None and any(matrix.sums is not None for matrix in plan.matrices):
+    if square_sums is None and any(matrix.sums is not None for matrix in plan.matrices):
         raise ValueError("the plan expects square sums of gradients")
     if choose(weights.device, backend).name == "triton":
         _launch_update(
-            weights, momentum, gradient, plan, scalars, moment_sums, bad_matrix, mean_squares, square_sums, weight_squares, seed, clear
+            weights, momentum, gradient, plan, scalars, moment_sums, bad_matrix, square_sums, weight_squares, seed, clear
         )  # fmt: skip
     else:
         ref_optimizer_step(
-            weights, momentum, gradient, plan, scalars=scalars, moment_sums=moment_sums, bad_matrix=bad_matrix, mean_squares=mean_squares,
-            square_sums=square_sums, weight_squares=weight_squares, seed=seed, clear=clear,
+            weights, momentum, gradient, plan, scalars=scalars, moment_sums=moment_sums, bad_matrix=bad_matrix, square_sums=square_sums,
+            weight_squares=weight_squares, seed=seed, clear=clear,
         )  # fmt: skip

@@ -46,7 +46,6 @@ class UpdatePlan:
     """Tables and scratch of a list of matrices on `device`; one step at a time uses it.
 
     moments         length of `moment_sums`: matrices and rows, in order
-    matrix_of_moment  int32 [moments]: which matrix each is of
     blocks          length of `weight_squares`: blocks of all matrices, in order (flat_blocks.py)
     end             the flat buffers are at least this long
     row_table       int64 [n, 5], of `rows_at_once` rows each: first element, rows, columns, first moment, matrix
@@ -76,8 +75,6 @@ class UpdatePlan:
         self.blocks = self.update_table.shape[0]
         self.own_sums = torch.zeros(self.unsummed_table.shape[0], dtype=torch.float64, device=device)
         self.mean_squares = torch.zeros(self.moments, device=device)
-        counts = torch.tensor([matrix.moments for matrix in self.matrices], dtype=torch.int64)
-        self.matrix_of_moment = torch.repeat_interleave(torch.arange(len(self.matrices), dtype=torch.int32), counts).to(device)
         self.multipliers = torch.zeros(self.moments, device=device)
 
     def moments_of(self, moments: Tensor, index: int) -> Tensor:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tscale_fed.config import RunConfig
     from tscale_fed.home import Home
 
-MOST_PROCESSES = 128
-"""More do not make a step together (parallel/world.py)."""
+MOST_PROCESSES = 64
+"""More GPUs than any host has."""
 LONE_FOLDER = "alone"
 """Inside the home: runs of `tscale train`, one folder each, apart from the swarm run of the same home."""
 

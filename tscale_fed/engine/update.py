@@ -62,9 +62,6 @@ class DeviceUpdate:
         self.bad_matrix = torch.full((1,), ALL_FINITE, dtype=torch.int32, device=device)
 
     def launch(self, rate: float, peaks: Tensor, loss_sum: Tensor) -> None:
-        self._launch(rate, peaks, loss_sum, None)
-
-    def _launch(self, rate: float, peaks: Tensor, loss_sum: Tensor, mean_squares: Tensor | None) -> None:
         optimizer = self._optimizer
         scalars = torch.tensor(step_scalars(rate, optimizer.beta, optimizer.next_count, optimizer.settings.l2))
         self._scalars.copy_(scalars.pin_memory() if self._scalars.is_cuda else scalars, non_blocking=True)
@@ -72,7 +69,7 @@ class DeviceUpdate:
         self.bad_matrix.copy_(torch.where(fine, ALL_FINITE, -1))
         optimizer_step(
             self._parameters.flat, optimizer.momentum, self._parameters.flat_grad, self._plan, scalars=self._scalars,
-            moment_sums=optimizer.moment_sums, bad_matrix=self.bad_matrix, mean_squares=mean_squares, square_sums=self._square_sums,
+            moment_sums=optimizer.moment_sums, bad_matrix=self.bad_matrix, square_sums=self._square_sums,
             weight_squares=self._weight_squares, backend=self._backend,
         )  # fmt: skip
         self._weights_version = self._parameters.flat._version

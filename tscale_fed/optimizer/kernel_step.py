@@ -29,15 +29,13 @@ class KernelStep:
         self._bad_matrix = torch.zeros(1, dtype=torch.int32, device=device)
 
     def update(
-        self, weights: Tensor, momentum: Tensor, gradient: Tensor, moment_sums: Tensor, *, rate: float, beta: float, count: float, l2: float,
-        mean_squares: Tensor | None = None,
-    ) -> str | None:  # fmt: skip
-        """Update all tensors (fp32) in place and clear the gradient. Waits for the step: returns the bad matrix's name, if there is one.
-        mean_squares: as in `Optimizer.step`."""
+        self, weights: Tensor, momentum: Tensor, gradient: Tensor, moment_sums: Tensor, *, rate: float, beta: float, count: float, l2: float
+    ) -> str | None:
+        """Update all tensors (fp32) in place and clear the gradient. Waits for the step: returns the bad matrix's name, if there is one."""
         self._bad_matrix.fill_(ALL_FINITE)
         optimizer_step(
             weights, momentum, gradient, self._plan, scalars=torch.tensor(step_scalars(rate, beta, count, l2), device=weights.device),
-            moment_sums=moment_sums, bad_matrix=self._bad_matrix, mean_squares=mean_squares, clear=True,
+            moment_sums=moment_sums, bad_matrix=self._bad_matrix, clear=True,
         )  # fmt: skip
         bad = int(self._bad_matrix)
         return None if bad == ALL_FINITE else self._names[bad]

@@ -127,22 +127,22 @@ class Optimizer:
     def step(self, rate: float, mean_squares: torch.Tensor | None = None) -> None:
         """Update the weights with the gradient at hand and clear the gradient. `rate` comes from `schedule.rate`.
 
-        mean_squares [M]: s of every matrix or row, where it is known better than from the gradient at hand (several processes).
+        mean_squares [M]: s of every matrix or row, instead of one's own sums over the gradient; not on a GPU.
         Raises GradientNotFinite, and then nothing is changed.
         """
         use_kernels = self._weights.dtype == torch.float32 and choose(self._weights.device).name == "triton"
-        bad = self._step_by_kernels(rate, mean_squares) if use_kernels else self._step_by_torch(rate, mean_squares)
+        bad = self._step_by_kernels(rate) if use_kernels else self._step_by_torch(rate, mean_squares)
         if bad is not None:
             raise GradientNotFinite(bad)
         self.count_step()
 
-    def _step_by_kernels(self, rate: float, mean_squares: torch.Tensor | None) -> str | None:
+    def _step_by_kernels(self, rate: float) -> str | None:
         """The name of the matrix whose gradient is not finite, if any."""
         if self._kernel_step is None:
             self._kernel_step = KernelStep(self._grads, ROW_NORMALISED, self._weights.device)
         return self._kernel_step.update(
             self._weights, self.momentum, self._gradient, self.moment_sums, rate=rate, beta=self.beta, count=self.next_count,
-            l2=self.settings.l2, mean_squares=mean_squares,
+            l2=self.settings.l2,
         )  # fmt: skip
 
     def _step_by_torch(self, rate: float, given: torch.Tensor | None) -> str | None:

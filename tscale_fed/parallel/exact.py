@@ -6,7 +6,7 @@ summed once, somewhere, then copied.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -30,17 +30,16 @@ class GradientExchange(Protocol):
         """Part `index` is complete on the current stream: exchange it, on a GPU beside what follows. Every rank calls in the same order."""
         ...
 
-    def finish(self) -> Tensor | None:
-        """All parts are exchanged for whatever the current stream does next. Returns the mean squares to normalise by, fp32 [moments], or
-        None: they are those of the gradient itself."""
+    def finish(self) -> None:
+        """All parts are exchanged for whatever the current stream does next."""
         ...
 
-    def even_out(self) -> Tensor | None:
-        """Share out evenly what is held back, and return it: fp32 [parameters] on the device, for checkpoints; None if nothing is."""
+    def even_out(self) -> dict[str, Tensor]:
+        """Share out evenly what is held back, and return it for checkpoints: float32 tensors, views of what goes on changing."""
         ...
 
-    def take_back(self, held_back: Tensor | None) -> None:
-        """Start from what `even_out` returned, on any number of ranks; None is nothing."""
+    def take_back(self, held_back: Mapping[str, Tensor]) -> None:
+        """Start from what `even_out` returned, on any number of ranks; other names are ignored, missing ones are zero."""
         ...
 
 
@@ -79,12 +78,11 @@ class ExactExchange:
         with self._side.after_current():
             self.group.reduce(self._gradient[bucket.start : bucket.stop], "mean")
 
-    def finish(self) -> Tensor | None:
+    def finish(self) -> None:
         self._side.join()
-        return None
 
-    def even_out(self) -> Tensor | None:
-        return None
+    def even_out(self) -> dict[str, Tensor]:
+        return {}
 
-    def take_back(self, held_back: Tensor | None) -> None:
+    def take_back(self, held_back: Mapping[str, Tensor]) -> None:
         """Nothing is held back; what a run with one-bit gradients left is dropped."""

@@ -14,6 +14,8 @@ from tscale_fed.parallel.engine import GroupEngine
 from tscale_fed.parallel.exact import ExactExchange, GradientExchange
 from tscale_fed.parallel.group import Group
 from tscale_fed.parallel.onebit import OneBitExchange
+from tscale_kernels.gradient_onebit import MAX_AUTHORS
+from tscale_net.errors import Refused
 
 Gradients = Literal["exact", "onebit"]
 
@@ -23,6 +25,9 @@ def build_exchange(how: Gradients, group: Group, parameters: Parameters, optimiz
     buckets = build_buckets(parameters.shape)
     if how == "exact":
         return ExactExchange(group, parameters, buckets)
+    if group.world.size > MAX_AUTHORS:
+        detail = f'{group.world.size} processes, but [parallel] gradients = "onebit" goes up to {MAX_AUTHORS}: write "exact"'
+        raise Refused("bad-world", detail)
     return OneBitExchange(group, parameters, optimizer, buckets)
 
 

@@ -1,21 +1,23 @@
-"""The one-bit exchange: a sign per weight and rank, error tails at every rank, exact second moments (TScale).
+"""The one-bit exchange: a sign per weight and rank, error tails at every rank (after TScale).
 
-For every part, R ranks, with S, N of the optimizer before the step and beta its averaging constant:
+For every part, R ranks, with running second moments S, N of the ranks' own gradients and the optimizer's averaging constant beta:
     s      = mean over ranks of the mean square of each matrix (or row) of their gradients     all-reduced first, fp32
-    scale  = sqrt((beta S + s) / (beta N + 1))     the running RMS, this step included; the same on all ranks, so it needs no sending
-    bits   = sign(tail + g), tail keeps the rest   to the rank that owns that R-th of the part
-    out    = average of the bits, residual kept    at the owner, then gathered by all; g := +-scale, so h = +-1 in the update rule
+    N      = beta N + 1;  S = beta S + s;  scale = sqrt(S / N)      the same on all ranks, so it needs no sending
+    bits   = sign(tail + g), the tail keeps the rest                 to the rank that owns that R-th of the part
+    out    = average of the bits, a residual keeps the rest          at the owner, then gathered by all, who all have the same gradient
 A matrix or row without a gradient on any rank (s = 0: tokens that nobody saw) is left alone. The arithmetic, and why nothing is lost, is in
-tscale_kernels/gradient_onebit.py.
+tscale_kernels/gradient_onebit.py. Sent per rank and step: 2 (R - 1) / R bits per weight, a byte per 128 weights once, s.
 
 Why an owner per part and not TScale's recursive doubling: it takes any number of ranks, sends 2 (R - 1) / R bits per weight where doubling
-sends log2(R), loses to rounding once and not at each level, and for R = 2 it is the same rule. TScale subtracts a scale that includes a
-rank's own s, while receivers step by the common one; with s shared first both are one, and tails hold exactly what was not delivered.
+sends log2(R), and loses to rounding once and not at each level. Two more things differ. TScale subtracts a scale that includes a rank's own
+s, while receivers step by the common one; with s shared first both are one, and tails hold exactly what was not delivered. And TScale
+normalises the update by S, the noise of single ranks included, where the exact mean has less of it; here the optimizer normalises by the
+gradient that was delivered, whose loudness is told (`size`), so its state means the same as with exact gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +29,13 @@ from tscale_fed.parallel.buckets import Bucket
 from tscale_fed.parallel.exact import SideStream
 from tscale_fed.parallel.group import Group
 from tscale_kernels.flat_blocks import GROUP
-from tscale_kernels.gradient_onebit import average, decode, encode, first_residual
+from tscale_kernels.gradient_onebit import UNITS, average, decode, encode
 
 GROUP_BYTES = GROUP // 8
+HELD_BACK = "held_back_"
+"""Names in a checkpoint begin so."""
+TAIL, SQUARES = f"{HELD_BACK}gradient", f"{HELD_BACK}squares"
+"""What was not delivered yet, mean of all ranks, float32 [parameters]; S of every matrix and row and then N, float32 [moments + 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +52,7 @@ class _Part:
     share: int
     """Groups that one rank owns."""
     residual: Tensor
-    """int8 [128 share]"""
+    """int16 [128 share]"""
 
     @property
     def groups(self) -> int:
@@ -54,7 +60,7 @@ class _Part:
 
 
 class OneBitExchange:
-    """See the module; an `exact.GradientExchange`. Memory: 4 bytes per weight for the tail, 1 / R for the residual."""
+    """See the module; an `exact.GradientExchange`. Memory: 4 bytes per weight for the tail, 2 / R for the residual."""
 
     def __init__(self, group: Group, parameters: Parameters, optimizer: Optimizer, buckets: Sequence[Bucket]) -> None:
         self.buckets = buckets
@@ -64,79 +70,92 @@ class OneBitExchange:
         device, ranks = parameters.device, group.world.size
         self._side = SideStream(device)
         self.tail = torch.zeros_like(parameters.flat)
-        self._mean_squares = torch.zeros_like(optimizer.moment_sums)
+        self._squares = torch.zeros_like(optimizer.moment_sums)
+        self._count = 0.0
         self._parts = [_part(bucket, ranks, device) for bucket in buckets]
-        most = max(part.share for part in self._parts) * GROUP_BYTES
-        self._bits = torch.zeros(ranks * most, dtype=torch.uint8, device=device)
-        self._received = torch.zeros(ranks * most, dtype=torch.uint8, device=device)
-        self._own = torch.zeros(most, dtype=torch.uint8, device=device)
-        shares = sum(part.share for part in self._parts) * GROUP_BYTES
-        self.bytes_per_step = (ranks - 1) * (2 * shares + 8 * optimizer.moment_sums.numel() // ranks)
+        most = max(part.share for part in self._parts)
+        self._bits = torch.zeros(ranks * most * GROUP_BYTES, dtype=torch.uint8, device=device)
+        self._received = torch.zeros_like(self._bits)
+        self._own = torch.zeros(most * (GROUP_BYTES + 1), dtype=torch.uint8, device=device)
+        self._gathered = torch.zeros(ranks * self._own.numel(), dtype=torch.uint8, device=device)
+        shares = sum(part.share for part in self._parts)
+        self.bytes_per_step = (ranks - 1) * (shares * (2 * GROUP_BYTES + 1) + 8 * self._squares.numel() // ranks)
 
     def ready(self, index: int) -> None:
         part = self._parts[index]
         with self._side.after_current():
-            self._share_squares(part)
-            self._set_scale(part, self._mean_squares, self._optimizer.beta, self._optimizer.next_count)
+            self._set_scale(part, self._shared_squares(part))
             self._exchange(part)
 
-    def finish(self) -> Tensor | None:
+    def finish(self) -> None:
         self._side.join()
-        return self._mean_squares
+        self._count = self._next_count
 
-    def even_out(self) -> Tensor | None:
+    def even_out(self) -> dict[str, Tensor]:
         """Residuals go back into the tails of their owners, then every rank gets the mean tail: what they deliver together is unchanged."""
-        first, rank = first_residual(self.group.world.size), self.group.world.rank
-        count = max(self._optimizer.moment_count, 1.0)
+        rank, ranks = self.group.world.rank, self.group.world.size
         for part in self._parts:
-            self._set_scale(part, None, 1.0, count)
-            begin = rank * part.share
-            end = max(begin, min(part.groups, begin + part.share))
-            owned = (end - begin) * GROUP
-            held = (part.residual[:owned].float() - first).view(-1, GROUP) * part.scale[begin:end, None]
+            begin = min(part.groups, rank * part.share)
+            end = min(part.groups, begin + part.share)
+            # A residual stands for scale / (UNITS R), and of a tail 1 / R counts in the mean: the owner's tail gets R times that. The scale
+            # is the running one also where the last step was silent, as then the residual is from an earlier step.
+            scale = torch.sqrt(self._squares[part.bucket.moments] / max(self._count, 1.0))[part.moment_of_group[begin:end]]
+            held = part.residual[: (end - begin) * GROUP].float().view(-1, GROUP) * (scale[:, None] / UNITS)
             self.tail[part.bucket.start + begin * GROUP : part.bucket.start + end * GROUP] += held.view(-1)
-            part.residual.fill_(first)
-        return self.group.reduce(self.tail, "mean")
+            part.residual.zero_()
+        if ranks > 1:
+            self.group.reduce(self.tail, "mean")
+        return {TAIL: self.tail, SQUARES: torch.cat([self._squares, self._squares.new_tensor([self._count])])}
 
-    def take_back(self, held_back: Tensor | None) -> None:
-        if held_back is None:
-            self.tail.zero_()
-        else:
-            self.tail.copy_(held_back)
+    def take_back(self, held_back: Mapping[str, Tensor]) -> None:
         for part in self._parts:
-            part.residual.fill_(first_residual(self.group.world.size))
+            part.residual.zero_()
+        if TAIL in held_back and SQUARES in held_back:
+            self.tail.copy_(held_back[TAIL])
+            self._squares.copy_(held_back[SQUARES][:-1])
+            self._count = float(held_back[SQUARES][-1])
+        else:
+            self.tail.zero_()
+            self._squares.zero_()
+            self._count = 0.0
+
+    @property
+    def _next_count(self) -> float:
+        return float(torch.tensor(self._optimizer.beta * self._count + 1.0))  # as float32, which a checkpoint holds
 
     # -- one part ----------------------------------------------------------------------------------------------------
 
-    def _share_squares(self, part: _Part) -> None:
-        bucket = part.bucket
-        places = [self._gradient[m.start : m.stop].view(m.rows, m.columns) for m in bucket.matrices]
-        if bucket.matrices[0].per_row:
+    def _shared_squares(self, part: _Part) -> Tensor:
+        """s of the part's matrices or rows, the same on all ranks."""
+        places = [self._gradient[m.start : m.stop].view(m.rows, m.columns) for m in part.bucket.matrices]
+        if part.bucket.matrices[0].per_row:
             squares = torch.cat([torch.linalg.vector_norm(g, dim=1).square() / g.shape[1] for g in places])
         else:
             squares = torch.stack(torch._foreach_norm(places)).square() / part.sizes
-        own = self._mean_squares[bucket.moments]
-        own.copy_(squares)
-        self.group.reduce(own, "mean")
+        return self.group.reduce(squares, "mean")
 
-    def _set_scale(self, part: _Part, mean_squares: Tensor | None, beta: float, count: float) -> None:
-        """sqrt((beta S + s) / count) of every group, 0 where s is; without s, sqrt(S / count)."""
-        sums = self._optimizer.moment_sums[part.bucket.moments] * beta
-        if mean_squares is not None:
-            new = mean_squares[part.bucket.moments]
-            sums = torch.where(new == 0, 0.0, sums + new)
-        torch.index_select(torch.sqrt(sums / count), 0, part.moment_of_group, out=part.scale[: part.groups])
+    def _set_scale(self, part: _Part, squares: Tensor) -> None:
+        """S, and sqrt(S / N) of every group, 0 where s is."""
+        sums = self._squares[part.bucket.moments]
+        sums.mul_(self._optimizer.beta).add_(squares)
+        scale = torch.where(squares == 0, 0.0, torch.sqrt(sums / self._next_count))
+        torch.index_select(scale, 0, part.moment_of_group, out=part.scale[: part.groups])
 
     def _exchange(self, part: _Part) -> None:
-        ranks, rank, bucket = self.group.world.size, self.group.world.rank, part.bucket
-        own = part.share * GROUP_BYTES
-        bits, received, out = self._bits[: ranks * own], self._received[: ranks * own], self._own[:own]
+        ranks, rank, bucket, share = self.group.world.size, self.group.world.rank, part.bucket, part.share
+        own_bytes = share * GROUP_BYTES
+        bits, received = self._bits[: ranks * own_bytes], self._received[: ranks * own_bytes]
         gradient, scale = self._gradient[bucket.start : bucket.stop], part.scale[: part.groups]
         encode(gradient, self.tail[bucket.start : bucket.stop], scale, bits[: part.groups * GROUP_BYTES])
         self.group.deal(received, bits)
-        average(received.view(ranks, own), part.residual, part.scale[rank * part.share : (rank + 1) * part.share], out)
-        self.group.gather(bits, out)
-        decode(bits, scale, gradient)
+        own = self._own[: own_bytes + share]
+        own_scale = part.scale[rank * share : (rank + 1) * share]
+        average(received.view(ranks, own_bytes), part.residual, own_scale, own[:own_bytes], own[own_bytes:])
+        gathered = self._gathered[: ranks * own.numel()]
+        self.group.gather(gathered, own)
+        joined = gathered.view(ranks, own.numel())
+        bits.view(ranks, own_bytes).copy_(joined[:, :own_bytes])
+        decode(bits, joined[:, own_bytes:].reshape(-1), scale, gradient, ranks)
 
 
 def _part(bucket: Bucket, ranks: int, device: torch.device) -> _Part:
@@ -149,6 +168,6 @@ def _part(bucket: Bucket, ranks: int, device: torch.device) -> _Part:
         moments.append(torch.arange(first, first + matrix.moments))
         counts.append(torch.full((matrix.moments,), each))
     index = torch.repeat_interleave(torch.cat(moments), torch.cat(counts)).to(device)
-    residual = torch.full((share * GROUP,), first_residual(ranks), dtype=torch.int8, device=device)
     sizes = torch.tensor([float(matrix.rows * matrix.columns) for matrix in bucket.matrices], device=device)
+    residual = torch.zeros(share * GROUP, dtype=torch.int16, device=device)
     return _Part(bucket, index, sizes, torch.zeros(ranks * share, device=device), share, residual)

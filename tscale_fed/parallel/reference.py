@@ -34,10 +34,9 @@ class GroupReferenceEngine(ReferenceEngine):
             raise not_finite(f"the training loss became {loss}", batch.step)
         for index in range(len(self._exchange.buckets)):
             self._exchange.ready(index)
-        mean_squares = self._exchange.finish()
-        if mean_squares is None and group.device.type == "cpu":
-            # A sum over a matrix may depend on the number of threads, which hosts may differ in: rank 0's counts.
-            mean_squares = group.copy_leader(self.optimizer.mean_squares())
+        self._exchange.finish()
+        # On a processor a sum over a matrix may depend on the number of threads, which hosts may differ in: rank 0's counts.
+        mean_squares = group.copy_leader(self.optimizer.mean_squares()) if group.device.type == "cpu" else None
         try:
             self.optimizer.step(rate, mean_squares)
         except GradientNotFinite as error:

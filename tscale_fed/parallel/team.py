@@ -16,10 +16,8 @@ from torch import Tensor
 
 from tscale_fed.parallel.agreement import check_replicas
 from tscale_fed.parallel.exchange import Exchanging
+from tscale_fed.parallel.onebit import HELD_BACK
 from tscale_fed.trainer import Trainer
-
-HELD_BACK = "gradient_tail"
-"""In a checkpoint: what one-bit gradients have not delivered yet, mean of all ranks; float32 [parameters]."""
 
 
 class Decision(NamedTuple):
@@ -90,7 +88,7 @@ class GroupTeam:
     def spread(self, trainer: Trainer, tensors: Mapping[str, Tensor]) -> None:
         optimizer, group = trainer.optimizer, self._group
         if self.leader:
-            counts = {"own_steps": optimizer.own_steps, "moment_count": optimizer.moment_count, "held_back": HELD_BACK in tensors}
+            counts = {"own_steps": optimizer.own_steps, "moment_count": optimizer.moment_count, "held_back": _sizes(tensors)}
             group.tell("start", json.dumps({"facts": trainer.state_facts(), **counts}))
         told = json.loads(group.hear("start"))
         trainer.load_facts(told["facts"])
@@ -98,20 +96,25 @@ class GroupTeam:
         with torch.no_grad():
             for tensor in replica(trainer):
                 group.copy_leader(tensor)
-        self._exchanging.exchange.take_back(self._spread_held_back(trainer, tensors) if told["held_back"] else None)
+        self._exchanging.exchange.take_back({name: self._spread_one(name, size, tensors) for name, size in told["held_back"].items()})
 
-    def _spread_held_back(self, trainer: Trainer, tensors: Mapping[str, Tensor]) -> Tensor:
-        everywhere = torch.zeros_like(trainer.weights)
+    def _spread_one(self, name: str, elements: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        everywhere = torch.zeros(elements, device=self._group.device)
         if self.leader:
-            everywhere.copy_(tensors[HELD_BACK])
+            everywhere.copy_(tensors[name])
         return self._group.copy_leader(everywhere)
 
     def held_back(self) -> dict[str, Tensor]:
-        tail = self._exchanging.exchange.even_out()
-        return {} if tail is None or not self.leader else {HELD_BACK: tail.to("cpu", copy=True)}
+        held = self._exchanging.exchange.even_out()
+        return {name: tensor.to("cpu", copy=True) for name, tensor in held.items()} if self.leader else {}
 
     def regroup(self) -> None:
         self._group.meet()
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Elements of what an exchange has held back, in a checkpoint."""
+    return {name: tensor.numel() for name, tensor in tensors.items() if name.startswith(HELD_BACK)}
 
 
 def replica(trainer: Trainer) -> tuple[Tensor, ...]:

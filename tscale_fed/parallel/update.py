@@ -35,8 +35,8 @@ class GroupUpdate(DeviceUpdate):
 
     def launch(self, rate: float, peaks: Tensor, loss_sum: Tensor) -> None:
         group = self._exchange.group
-        mean_squares = self._exchange.finish()
+        self._exchange.finish()
         bad = (~peaks.isfinite()).to(torch.int32)
         peaks.masked_fill_(group.reduce(bad, "max") > 0, torch.inf)
         group.reduce(loss_sum, "mean")
-        self._launch(rate, peaks, loss_sum, mean_squares)
+        super().launch(rate, peaks, loss_sum)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tscale_kernels.gradient_onebit import MAX_AUTHORS
 from tscale_net.errors import Refused
 
 RANK, SIZE, LOCAL_RANK, LOCAL_SIZE = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
@@ -53,8 +52,6 @@ def world_from(environment: Mapping[str, str]) -> World | None:
     if local_size < 1 or local_rank >= local_size or local_size > size:
         detail = f"{LOCAL_RANK}={local_rank} and {LOCAL_SIZE}={local_size} do not fit {SIZE}={size}: leave them to torchrun"
         raise Refused("bad-world", detail)
-    if size > MAX_AUTHORS:
-        raise Refused("bad-world", f"{SIZE}={size}: at most {MAX_AUTHORS} processes make a step together; join more as peers of a swarm")
     return World(rank, size, local_rank, local_size)
 
 
