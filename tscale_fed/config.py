@@ -159,6 +159,8 @@ class DeviceSection(Section, frozen=True):
     """Of queries and keys where products are not float32: "auto" is bfloat16. "fp8" means values too."""
     optimizer_memory: Literal["auto", "device", "host"] = "auto"
     """Where weights and momentum are kept: on the device, or in the machine's memory ("host"), which leaves a GPU room for more."""
+    swarm_memory: Literal["auto", "device", "host"] = "auto"
+    """Where a peer of a swarm keeps the basepoint: beside the weights on the device, or in the machine's memory ("host": slower)."""
     micro_batch: Annotated[int, Meta(ge=0, le=1 << 16)] = 0
     """Fragments that go through the device at once; 0 = chosen from its free memory. It changes speed and memory, not the arithmetic."""
 

@@ -34,6 +34,7 @@ from tscale_peers import limits as swarm_limits
 from tscale_peers.donor import TRAINER_STATE, provide_from
 from tscale_peers.joining import fetch_snapshot, reload_when_needed
 from tscale_peers.measured import Measured
+from tscale_peers.meeting_time import Seconds
 
 State = tuple[int, dict[str, Tensor], dict[str, bytes], dict[str, Any]]
 """(own steps, tensors, blobs, facts) of a checkpoint."""
@@ -100,6 +101,7 @@ class PeerSession:
             swarm.cancel()
             await asyncio.gather(swarm, return_exceptions=True)
             unsaved = self._save()
+            self.built.helper.shutdown()
             await ground.outside.transport.close(LINGER_S)
         if unsaved is not None:
             raise unsaved
@@ -205,12 +207,14 @@ class PeerSession:
             for task in (*ends, *helpers):
                 task.cancel()
 
-    def _meet(self, trainer: Trainer) -> None:
-        """On the training thread, after each step."""
+    def _meet(self, trainer: Trainer) -> Seconds:
+        """On the training thread, after each step. What it cost, by cause."""
         peer = self.built.peer
+        before = peer.meeting.time.spent
         met = peer.meeting.meet(progress_of(trainer, trained=True))
         trainer.scale_momentum(met.momentum_keep)
         trainer.tell_swarm_batches(peer.others_batches() + trainer.steps)
+        return peer.meeting.time.spent.since(before)
 
     async def _meet_if_paused(self) -> None:
         """While training stands still, what others publish is applied all the same; on the training thread, so no step begins meanwhile."""
@@ -305,7 +309,7 @@ class PeerSession:
                 **trainer.state_tensors(),
                 **sums,
                 "displacement": exchange.displacement().clone(),
-                "basepoint": self.built.replica.basepoint.clone(),
+                "basepoint": self.built.replica.basepoint.to("cpu", copy=True),
             }
             blobs = {
                 "applied": self.built.replica.applied.encode(),
@@ -326,6 +330,7 @@ class PeerSession:
         """The last checkpoint; returns why it could not be written."""
         if self.built.peer.gossip.hold or not math.isfinite(self.built.peer.meeting.displacement_norm()):
             return None  # nothing of ours yet, or nothing worth keeping
+        self.built.peer.meeting.finish_outgoing()
         try:
             state = self._state()
             self.built.store.save(*state)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tscale_fed import __version__
 from tscale_fed.ground import reach_sentence
-from tscale_fed.status import EventLine, PeerRow, PeerState, Spread, Status, Transfer, Wire, finite, recent_states
+from tscale_fed.status import EventLine, ExchangeTime, PeerRow, PeerState, Spread, Status, Transfer, Wire, finite, recent_states
 from tscale_fed.units import plain
 from tscale_net.ports import LinkInfo, PeerId
 from tscale_peers.measured import newest
@@ -64,6 +64,8 @@ def status_of(session: PeerSession) -> Status:
         agreeing_peers=len(present & agreement.agreeing.keys()) if compared else None,
         compared_peers=len(compared) or None,
         busy_fraction=finite(report.busy_fraction) if report.running else None,
+        exchange_fraction=finite(report.exchange_fraction) if report.running else None,
+        exchange=ExchangeTime(*report.exchange_causes) if report.running else None,
         tokens_per_s=finite(report.tokens_per_s),
         swarm_tokens_per_s=report.tokens_per_s + sum(r.tokens_per_s for r in live),
         rate=report.rate,

@@ -7,6 +7,7 @@ Enters: ground, run, device. Leaves: `Built`: trainer, replica, swarm peer, log 
 
 from __future__ import annotations
 
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +21,7 @@ from tscale_fed.ground import Ground
 from tscale_fed.home_run import stream_number
 from tscale_fed.neighbours import known_neighbours
 from tscale_fed.new_run import start_of
+from tscale_fed.swarm_memory import basepoint_device, room_held
 from tscale_fed.trainer import Trainer
 from tscale_net.errors import Refused
 from tscale_peers.applied import AppliedSet
@@ -44,12 +46,15 @@ class Built:
     checkpoint: Checkpoint | None
     empty: bool
     """The replica waits for a snapshot."""
+    helper: Executor
+    """Makes publications and hashes beside training."""
 
 
 def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     """Everything of the run on this machine. Raises Refused with one sentence for what does not fit."""
     run = RunTerms.of(found.manifest)
-    replica = run.new_replica()
+    where = basepoint_device(found, device, ground.console.say)
+    replica = run.new_replica(where)
     log = DeltaLog(ground.home.delta_log)
     pledge_log = DeltaLog(ground.home.contributions)
     for remark in log.notices + pledge_log.notices:
@@ -67,11 +72,12 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
         start = found.start if found.start is not None else _start_again(ground, found)
         if start is not None:
             replica.set_start(start)
-    trainer = build_trainer(
-        found.recipe, found.data, device, replica.weights(),
-        peer_id=ground.identity.peer_id, budget_batches=found.manifest.budget_batches, clock=ground.clock,
-        say=ground.console.say,
-    )  # fmt: skip
+    with room_held(where, replica.layout.size):
+        trainer = build_trainer(
+            found.recipe, found.data, device, replica.weights(),
+            peer_id=ground.identity.peer_id, budget_batches=found.manifest.budget_batches, clock=ground.clock,
+            say=ground.console.say,
+        )  # fmt: skip
     saved = None
     if checkpoint is not None:
         trainer.load_state(checkpoint.tensors, checkpoint.facts)
@@ -88,12 +94,12 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     peer = assemble(
         run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
         stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,
-        pledge_log=pledge_log,
+        pledge_log=pledge_log, helper=(helper := ThreadPoolExecutor(1, "exchange")),
     )  # fmt: skip
     peer.meeting.average = average
     _settle_after_crash(ground, peer, trainer, checkpoint)
     peer.meeting.resume_at(progress_of(trainer, trained=False))
-    return Built(device, trainer, replica, peer, log, store, checkpoint, empty)
+    return Built(device, trainer, replica, peer, log, store, checkpoint, empty, helper)
 
 
 def _check_checkpoint(checkpoint: Checkpoint, found: FoundRun) -> None:

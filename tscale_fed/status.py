@@ -76,6 +76,19 @@ class Spread(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     passed_on: int = 0
 
 
+class ExchangeTime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Part of the time in which the device waits for the exchange with the swarm, 0..1, by cause."""
+
+    receive: float
+    """Packets of others are added to basepoint and weights."""
+    publish: float
+    """The displacement is captured, own packets are taken up."""
+    hash: float
+    """The state is read."""
+    wait: float
+    """For the device, and for other threads."""
+
+
 class Transfer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A running download."""
 
@@ -143,6 +156,10 @@ class Status(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     compared_peers: int | None = None
     busy_fraction: float | None = None
     """Part of the time in which the device computes gradients, 0..1."""
+    exchange_fraction: float | None = None
+    """Part of the time in which it waits for the exchange with the swarm, 0..1."""
+    exchange: ExchangeTime | None = None
+    """The same by cause."""
     tokens_per_s: float | None = None
     swarm_tokens_per_s: float | None = None
     rate: float | None = None

@@ -9,13 +9,15 @@ import time
 from collections import Counter
 from typing import get_args
 
-from tscale_fed.status import PeerRow, PeerState, Status, Transfer
+from tscale_fed.status import ExchangeTime, PeerRow, PeerState, Status, Transfer
 from tscale_fed.units import bytes_text, count_text, duration_text, plain, rate_text, short_hex
 
 NAME_CHARACTERS = 20
 REACH_CHARACTERS = 120
 PATH_CHARACTERS = 8
 PAGE_EVENTS = 8
+LEAST_CAUSE = 0.0005
+"""Part of the time from which on it is said what a device waits for: the first digit that is shown."""
 
 
 def loss_text(value: float | None) -> str:
@@ -64,6 +66,8 @@ def line(status: Status) -> str:
         parts.append(f"{count_text(status.tokens_per_s)} tok/s")
     if status.busy_fraction is not None:
         parts.append(f"busy {percent_text(status.busy_fraction)}")
+    if status.exchange_fraction is not None:
+        parts.append(f"exchange {percent_text(status.exchange_fraction)}")
     parts.append(f"peers {peers_text(status.peers)}")
     parts.append(f"sent {bytes_text(status.wire.up_bytes)}  got {bytes_text(status.wire.down_bytes)}")
     parts.append(f"model {short_hex(status.basepoint_hash)}")
@@ -135,6 +139,7 @@ def own_parts(status: Status) -> list[str]:
         f"step {count_text(status.step)}",
         f"{optional_count(status.tokens_per_s)} tok/s",
         f"busy {percent_text(status.busy_fraction)}",
+        f"exchange {percent_text(status.exchange_fraction)}",
         f"share {percent_text(status.share)}",
     ]
     if status.steps_since_publish is not None and status.publish_every_steps:
@@ -143,7 +148,18 @@ def own_parts(status: Status) -> list[str]:
         parts.append(f"|d| {status.displacement:.2g}")
     if status.rate is not None:
         parts.append(f"rate {status.rate:.2g}")
+    causes = causes_text(status.exchange)
+    if causes:
+        parts.append(causes)
     return [*parts, f"{count_text(status.tokens)} tokens", plain(status.device, REACH_CHARACTERS) or "no device"]
+
+
+def causes_text(exchange: ExchangeTime | None) -> str:
+    """`receive 0.7 % publish 0.5 %`: what the device waits for in exchanges; small causes are left out."""
+    if exchange is None:
+        return ""
+    causes = {name: getattr(exchange, name) for name in exchange.__struct_fields__}
+    return " ".join(f"{name} {percent_text(part)}" for name, part in causes.items() if part >= LEAST_CAUSE)
 
 
 def swarm_parts(status: Status) -> list[str]:

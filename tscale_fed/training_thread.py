@@ -26,9 +26,11 @@ import torch
 from tscale_fed.trainer import StepReport, Trainer
 from tscale_net.errors import Refused
 from tscale_net.ports import Clock
+from tscale_peers.meeting_time import Seconds
 
 T = TypeVar("T")
-Meeting = Callable[[Trainer], None]
+Meeting = Callable[[Trainer], Seconds | None]
+"""Called after each step; may return what it cost, by cause."""
 
 AVERAGE_S = 30.0
 """Time constant of the averages that people see (busy fraction, tokens per second)."""
@@ -62,6 +64,10 @@ class TrainingReport:
     """Moving average over wall time, pauses and meetings included."""
     busy_fraction: float = 0.0
     """Moving average of time in steps over wall time, 0 to 1."""
+    exchange_fraction: float = 0.0
+    """Moving average of time in meetings with the swarm over wall time, 0 to 1: the device does not train meanwhile."""
+    exchange_causes: Seconds = Seconds()
+    """Seconds per second of wall time, by cause; together no more than `exchange_fraction`."""
     paused: bool = False
     running: bool = False
 
@@ -208,8 +214,10 @@ class TrainingThread:
 
     def _step(self) -> None:
         step = self._trainer.step()
-        self._meeting(self._trainer)
-        self._averages.add(self._clock.now(), step)
+        begun = self._clock.now()
+        causes = self._meeting(self._trainer) or Seconds()
+        now = self._clock.now()
+        self._averages.add(now, step, now - begun, causes)
         self.report = TrainingReport(
             steps=self._trainer.steps,
             tokens=self._trainer.tokens,
@@ -218,6 +226,8 @@ class TrainingThread:
             rate=step.rate,
             tokens_per_s=self._averages.tokens_per_s,
             busy_fraction=self._averages.busy_fraction,
+            exchange_fraction=self._averages.exchange_fraction,
+            exchange_causes=self._averages.exchange_causes,
             paused=self._paused,
             running=True,
         )
@@ -279,11 +289,13 @@ class _Averages:
     def __init__(self) -> None:
         self.tokens_per_s = 0.0
         self.busy_fraction = 0.0
+        self.exchange_fraction = 0.0
+        self.exchange_causes = Seconds()
         self._last: float | None = None
         self._weight = 0.0
 
-    def add(self, now: float, step: StepReport) -> None:
-        wall = step.seconds if self._last is None else max(now - self._last, step.seconds)
+    def add(self, now: float, step: StepReport, meeting_s: float, causes: Seconds) -> None:
+        wall = step.seconds + meeting_s if self._last is None else max(now - self._last, step.seconds)
         self._last = now
         if wall <= 0:
             return
@@ -291,6 +303,9 @@ class _Averages:
         part = max(1 - math.exp(-wall / AVERAGE_S), wall / self._weight)
         self.tokens_per_s += part * (step.tokens / wall - self.tokens_per_s)
         self.busy_fraction += part * (min(1.0, step.seconds / wall) - self.busy_fraction)
+        self.exchange_fraction += part * (min(1.0, meeting_s / wall) - self.exchange_fraction)
+        pairs = zip(self.exchange_causes, causes, strict=True)
+        self.exchange_causes = Seconds(*(average + part * (spent / wall - average) for average, spent in pairs))
 
 
 def _answer(reply: asyncio.Future[Any], result: Any, error: Exception | None) -> None:

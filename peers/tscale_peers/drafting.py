@@ -38,9 +38,7 @@ class Desk:
         self.helper = helper
         self.lane = Lane(device)
         self._dtype, self._device = like.dtype, device
-        size = chunks[-1].stop
-        largest = max(chunk.size for chunk in chunks)
-        self.slice_values = max(largest, min(size, max(limits.draft_slice_values, -(-size // limits.draft_slices))))
+        self.slice_values = max(max(chunk.size for chunk in chunks), draft_values(chunks[-1].stop))
         self._buffer: Tensor | None = None
 
     @property
@@ -121,6 +119,11 @@ class Drafting(Generic[T, R]):
         if not self._slices:
             self._keep(self._made)
             self._kept = True
+
+
+def draft_values(size: int) -> int:
+    """Values of the buffer for a model of `size` values, unless a chunk has more."""
+    return min(size, max(limits.draft_slice_values, -(-size // limits.draft_slices)))
 
 
 def _slices(chunks: Sequence[Chunk], most_values: int) -> list[list[Chunk]]:

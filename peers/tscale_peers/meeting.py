@@ -168,7 +168,7 @@ class MeetingPoint:
 
     def publish_now(self, share: float) -> Met:
         """One publication to everybody regardless of cadence, when leaving."""
-        self._finish_outgoing()
+        self.finish_outgoing()
         with self._entered():
             receipts, lost = self._receive()
             self._begin(self.last_progress.batches, share, by_owners=False)
@@ -178,7 +178,7 @@ class MeetingPoint:
 
     def finish_sums(self) -> Met:
         """Publish what contributions wait here, and take over what is left of them, when leaving."""
-        self._finish_outgoing()
+        self.finish_outgoing()
         with self._entered():
             receipts, lost = self._receive()
             sums = tuple(self.summing.finish())
@@ -188,7 +188,7 @@ class MeetingPoint:
 
     def settle(self) -> tuple[bytes, bytes]:
         """Apply everything waiting, own packets that are being made included, and hash: the state as of now."""
-        self._finish_outgoing()
+        self.finish_outgoing()
         with self._entered():
             receipts, lost = self._receive()
             state = self._state(forced=True)
@@ -197,7 +197,7 @@ class MeetingPoint:
         self.post(met)
         return state
 
-    def _finish_outgoing(self) -> None:
+    def finish_outgoing(self) -> None:
         """Wait for what is under way, and tell the event loop of it."""
         with self._entered():
             if not self._outgoing.under_way:
@@ -213,13 +213,13 @@ class MeetingPoint:
 
     def drop_displacement(self) -> None:
         """Give up private work that is too old: W = B."""
-        self._finish_outgoing()
+        self.finish_outgoing()
         with self._lock:
             self.exchange.drop_displacement()
 
     def keep_unpublished(self, saved: Tensor | None) -> None:
         """See Exchange.keep_unpublished."""
-        self._finish_outgoing()
+        self.finish_outgoing()
         with self._lock:
             self.exchange.keep_unpublished(saved)
 

@@ -10,7 +10,7 @@ import pytest
 
 from tscale_fed import status_text
 from tscale_fed.limits import EVENT_CHARACTERS, LOSS_POINTS, RECENT_STATES, STATUS_EVENTS
-from tscale_fed.status import EventHistory, LossHistory, PeerRow, Status, Transfer, decode, encode, finite, recent_states
+from tscale_fed.status import EventHistory, ExchangeTime, LossHistory, PeerRow, Status, Transfer, decode, encode, finite, recent_states
 from tscale_fed.tui.testing import FakePeer
 
 REQUIRED = """run peer name role uptime_s step tokens train_loss swarm_loss basepoint_hash applied_digest recent
@@ -82,8 +82,15 @@ def test_histories_stay_within_the_stated_limits() -> None:
 def test_line_is_one_line_and_says_the_essentials() -> None:
     text = status_text.line(FakePeer(5).snapshot())
     assert "\n" not in text
-    for word in ("training", "step", "loss", "swarm", "tok/s", "busy 98 %", "5 live", "refused 4"):
+    for word in ("training", "step", "loss", "swarm", "tok/s", "busy 98 %", "exchange 1.3 %", "5 live", "refused 4"):
         assert word in text
+
+
+def test_the_page_says_what_the_exchange_waits_for_and_leaves_out_what_does_not_matter() -> None:
+    page = status_text.page(FakePeer(5).snapshot())
+    assert "exchange 1.3 %" in page and "receive 0.7 % publish 0.5 % wait 0.1 %" in page and "hash" not in page
+    assert status_text.causes_text(None) == "" == status_text.causes_text(ExchangeTime(0, 0, 0, 0))
+    assert "exchange -" in status_text.page(empty_status())
 
 
 def test_texts_of_an_empty_status() -> None:

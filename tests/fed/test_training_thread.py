@@ -17,6 +17,7 @@ from tscale_fed.trainer import Trainer
 from tscale_fed.training_thread import Priority, TrainingFailed, TrainingThread, default_threads
 from tscale_net.errors import Refused
 from tscale_net.ports import SystemClock
+from tscale_peers.meeting_time import Seconds
 
 PRIORITY = Priority(threads=1, niceness=0)
 
@@ -226,6 +227,36 @@ async def test_the_report_says_how_busy_it_is(trainer_of: Callable[[], Trainer])
     assert all(0.0 <= report.busy_fraction <= 1.0 for report in reports)
     assert reports[-1].tokens == 6 * 30
     await thread.stop()
+
+
+async def test_the_report_says_how_long_meetings_take_and_for_what(trainer_of: Callable[[], Trainer]) -> None:
+    """A clock that moves by a second whenever it is read: a step reads it twice, a meeting's two ends too."""
+
+    class Counting:
+        time = 0.0
+
+        def now(self) -> float:
+            self.time += 1.0
+            return self.time
+
+    clock, trainer, done = Counting(), trainer_of(), Signal()
+    trainer._clock = clock  # type: ignore[assignment]
+
+    def meeting(trainer: Trainer) -> Seconds:
+        clock.time += 2.0
+        if trainer.steps == 4:
+            done.set()
+        return Seconds(receive=1.0, publish=0.5, wait=0.25)
+
+    thread = TrainingThread(trainer, clock, PRIORITY, meeting, until_step=4)  # type: ignore[arg-type]
+    thread.start()
+    await done.wait()
+    report = await thread.call(lambda trainer: thread.report)
+    await thread.stop()
+    assert report.busy_fraction == pytest.approx(1 / 6, rel=0.2) and report.exchange_fraction == pytest.approx(3 / 6, rel=0.2)
+    causes = report.exchange_causes
+    assert causes.receive == pytest.approx(report.exchange_fraction / 3) and causes.publish == pytest.approx(causes.receive / 2)
+    assert causes.hash == 0 and causes.wait == pytest.approx(causes.receive / 4)
 
 
 def test_default_threads_leave_room_for_the_event_loop() -> None:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from tscale_fed import __version__
-from tscale_fed.status import EventHistory, LossHistory, PeerRow, RecentState, Status, Transfer, Wire, finite
+from tscale_fed.status import EventHistory, ExchangeTime, LossHistory, PeerRow, RecentState, Status, Transfer, Wire, finite
 
 _FIRST_UNIX_S = 1_790_000_000.0
 _NAMES = ("calm-heron", "odd-magpie", "warm-badger", "quiet-falcon", "swift-lynx", "plain-toad", "bright-carp", "stout-wren")
@@ -73,6 +73,8 @@ class FakePeer:
             agreeing_peers=max(self.others - 1, 0),
             compared_peers=self.others,
             busy_fraction=0.984,
+            exchange_fraction=0.0131,
+            exchange=ExchangeTime(receive=0.007, publish=0.005, hash=0.0001, wait=0.001),
             tokens_per_s=0.0 if self.paused else 13_600.0,
             swarm_tokens_per_s=13_600.0 * (self.others + 1),
             rate=0.02,
