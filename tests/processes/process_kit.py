@@ -48,7 +48,8 @@ join_warmup_steps = 3
 [swarm]
 budget_batches = 100000
 publish_every_steps = {publish_every_steps}
-chunk_params = 65536
+chunk_params = {chunk_params}
+spread = "{spread}"
 displacement_max_age_batches = {max_age_batches}
 [eval]
 every_s = {eval_s}
@@ -67,6 +68,8 @@ def write_run(
     max_age_batches: int = 2000,
     eval_s: float = 0,
     checkpoint_s: float = 1000,
+    chunk_params: int = 65536,
+    spread: str = "auto",
 ) -> Path:
     """A run file and its text in `folder`: a model of 0.3 million weights in several chunks, a step of some milliseconds."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,13 @@ def write_run(
     path = folder / "run.toml"
     path.write_text(
         RUN_FILE.format(
-            seed=seed, publish_every_steps=publish_every_steps, max_age_batches=max_age_batches, eval_s=eval_s, checkpoint_s=checkpoint_s
+            seed=seed,
+            publish_every_steps=publish_every_steps,
+            max_age_batches=max_age_batches,
+            eval_s=eval_s,
+            checkpoint_s=checkpoint_s,
+            chunk_params=chunk_params,
+            spread=spread,
         )
     )
     return path
