@@ -166,6 +166,24 @@ if has_triton():
             b_value = tl.load(p_value, mask=m_byte[:, None], other=0)
             tl.store(p_value, b_value + tl.where(negative != 0, -amount, amount), mask=m_byte[:, None])
 
+    @triton.jit
+    def add_many_kernel(target, bits, amounts, count, rows, cols, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+        """`add_kernel` for `count` deltas: bits [count, rows * cols / 8], amounts [count, rows]; target is read and written once."""
+        row = tl.program_id(0).to(tl.int64)
+        o_byte = tl.arange(0, BYTES)
+        o_lane = tl.arange(0, 8)
+        row_bytes = cols // 8
+        for first in range(0, row_bytes, BYTES):
+            m_byte = first + o_byte < row_bytes
+            p_value = target + row * cols + (first + o_byte)[:, None] * 8 + o_lane[None, :]
+            b_value = tl.load(p_value, mask=m_byte[:, None], other=0)
+            for each in range(count):
+                amount = tl.load(amounts + each * rows + row)
+                packed = tl.load(bits + (each * rows + row) * row_bytes + first + o_byte, mask=m_byte, other=0).to(tl.int32)
+                negative = (packed[:, None] >> o_lane[None, :]) & 1
+                b_value += tl.where(negative != 0, -amount, amount)
+            tl.store(p_value, b_value, mask=m_byte[:, None])
+
 
 def _launch_encode(displacement: Tensor) -> tuple[Tensor, Tensor]:
     """(row means of |d| fp32 [R], bits)."""
@@ -215,6 +233,16 @@ def apply(basepoint: Tensor, bits: Tensor, steps: Tensor, sign: int = 1, backend
         _launch_add(basepoint, bits, steps * sign)
         return
     ref_apply(basepoint, bits, steps, sign)
+
+
+def apply_many(basepoint: Tensor, bits: Tensor, steps: Tensor, backend: BackendName | None = None) -> None:
+    """`apply` for several deltas of one matrix in one pass. bits: uint8 [N, ceil(R*C/8)]. steps: int32 [N, R]."""
+    if choose(basepoint.device, backend).name == "triton" and basepoint.numel():
+        rows, cols = _kernel_shape(basepoint)
+        add_many_kernel[(rows,)](basepoint, bits, steps, len(bits), rows, cols, BYTES=limits.triton_block_bytes)
+        return
+    for each, amounts in zip(bits, steps, strict=True):
+        ref_apply(basepoint, each, amounts)
 
 
 def leak(displacement: Tensor, bits: Tensor, amounts: Tensor, backend: BackendName | None = None) -> None:

@@ -6,6 +6,7 @@ Payload: step codes (uint16, little-endian, one per row of the chunk), then the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,15 @@ class SignDelta:
         steps, bits = self.placed.on(basepoint.device)
         for s in self.chunk.segments:
             delta_onebit.apply(s.matrix(basepoint), bits[s.start // 8 : s.stop // 8], steps[s.row : s.row + s.rows], sign)
+
+    @staticmethod
+    def add_many(deltas: Sequence[SignDelta], basepoint: Tensor) -> None:
+        """`add_to` of several deltas of one chunk, in one pass over the basepoint (delta_batch.py)."""
+        placed = [delta.placed.on(basepoint.device) for delta in deltas]
+        steps, bits = (torch.stack(listed) for listed in zip(*placed, strict=True))
+        for s in deltas[0].chunk.segments:
+            of_rows, of_bits = steps[:, s.row : s.row + s.rows], bits[:, s.start // 8 : s.stop // 8]
+            delta_onebit.apply_many(s.matrix(basepoint), of_bits.contiguous(), of_rows.contiguous())
 
     def take_from(self, displacement: Tensor, divisor: float = 1.0) -> None:
         steps, bits = self.placed.on(displacement.device)

@@ -22,6 +22,7 @@ stretch close to the size at which they are sent, so in training hardly any stre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,6 +92,13 @@ class SparseDelta:
     def add_to(self, basepoint: Tensor, sign: int = 1) -> None:
         places, steps = self.placed.on(basepoint.device)
         basepoint.index_add_(0, places, steps, alpha=sign)
+
+    @staticmethod
+    def add_many(deltas: Sequence[SparseDelta], basepoint: Tensor) -> None:
+        """`add_to` of several deltas of one chunk in one operation (delta_batch.py); places may repeat, integers add up in any order."""
+        placed = [delta.placed.on(basepoint.device) for delta in deltas]
+        places, steps = (torch.cat(listed) for listed in zip(*placed, strict=True))
+        basepoint.index_add_(0, places, steps)
 
     def take_from(self, displacement: Tensor, divisor: float = 1.0) -> None:
         places, steps = self.placed.on(displacement.device)

@@ -30,6 +30,13 @@ def check(rows: int, cols: int, device: str) -> None:
         op.apply(want, bits, steps, sign, backend="ref")
         op.apply(got, bits, steps, sign, backend="triton")
         assert_same_bits(f"basepoint {case}", got, want)
+    flipped = (bits ^ 0x5A, (steps * 3) % 1000)
+    want, got = start.clone(), start.clone()
+    for several_bits, several_steps in ((bits, steps), flipped, (bits, steps)):
+        op.apply(want, several_bits, several_steps, backend="ref")
+    stacked = torch.stack([bits, flipped[0], bits]), torch.stack([steps, flipped[1], steps])
+    op.apply_many(got, *stacked, backend="triton")
+    assert_same_bits(f"several at once {case}", got, want)
     amounts = steps.float() * 2.0**UNIT_EXPONENT
     want_d, got_d = d.clone(), d.clone()
     op.leak(want_d, bits, amounts, backend="ref")

@@ -326,6 +326,18 @@ def test_of_packets_at_once_only_those_that_leave_the_range_are_refused() -> Non
     assert replica.state() == one_by_one.state()
 
 
+@pytest.mark.parametrize("codec", ["sign", "topk-sign", "topk-2bit", "int8", "exact"])
+def test_deltas_of_every_kind_at_once_are_as_one_after_the_other(codec: str) -> None:
+    t = terms(codec)
+    for chunk in LAYOUT.chunks:
+        deltas = [t.codec.open(payload_for(chunk.index, seed=seed, t=t), chunk) for seed in range(4)]
+        at_once, in_turn = torch.full((chunk.size,), 7, dtype=torch.int32), torch.full((chunk.size,), 7, dtype=torch.int32)
+        add_all(deltas, at_once)
+        for delta in deltas:
+            delta.add_to(in_turn)
+        assert torch.equal(at_once, in_turn) and int((at_once - 7).abs().max()) > 0
+
+
 def test_a_kind_of_delta_that_adds_many_at_once_is_asked_to() -> None:
     added: list[int] = []
 

@@ -18,12 +18,16 @@ from tscale_peers.drafting import draft_values
 
 BASEPOINT_BYTES_PER_PARAMETER = 4
 _VALUE_BYTES = 4
+DECODED_BYTES_PER_PACKET_BYTE = 8
+"""A pick of a sparse delta takes 8 bytes when it is decoded, and about one on the wire; a one-bit delta stays as large as it is."""
+DECODED_VALUES_PER_BYTE = 8
+"""An own publication while it is being made: a bit per value, and as much for 64 picks of 4096."""
 
 
 def workspace_bytes(parameters: int) -> int:
     """What the exchange takes on the device beside the basepoint."""
     scratch = min(parameters, limits.span_values)
-    uploaded = 2 * limits.inbox_bytes  # decoded deltas are about as large as their packets, twice that when they are sparse
+    uploaded = DECODED_BYTES_PER_PACKET_BYTE * limits.inbox_bytes + parameters // DECODED_VALUES_PER_BYTE
     return _VALUE_BYTES * (draft_values(parameters) + scratch) + uploaded + limits.reading_copies_bytes
 
 
