@@ -101,7 +101,7 @@ def test_work_of_all_comes_through_owners_and_replicas_are_equal(rule: RuleSpec)
         assert all(peer.spreading.by_owners for peer in living)
         assert sorted(peer.spreading.owned for peer in living) == [0, 0, 0, 0, 1, 1, 1, 1], "four chunks, four owners"
         assert all(peer.meeting.exchange.pledges.confirmed > 8 for peer in living), "everybody's work is in somebody's sums"
-        assert all(len(sums_of(peer)) == 4 for peer in living)
+        assert all(len(sums_of(peer)) >= 4 for peer in living)
         assert not any(peer.meeting.exchange.pledges.taken_back for peer in living)
         before = living[0].swarm_batches()
         await swarm.clock.sleep(10)
