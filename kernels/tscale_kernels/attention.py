@@ -6,6 +6,7 @@ Rule (TScale; tscale_fed/model/attention.py), in base 2; t sees s with max(start
     out(t) = sum_s 2^(logit(t, s) - log_sum(t)) * value_s                             rounded to bf16
     products(t)[h, i, z] = gate(t)[h, 32 i + z % 32] * out(t)[h, z], i = 0..3         codes; order of combiner.blocked_columns
 A token that sees nothing gets 0 and log_sum 0. Products are made of the rounded `out`, so whoever keeps gate and out can make them again.
+Their codes have the gate's scale or, as int8, half of it (`codes.product_scale`).
 
 Fragments are runs of T rows; the last may be shorter (rows that only fill up a multiple of 128: their codes are 0, so are their results).
 """
@@ -60,13 +61,23 @@ def ref_logits(query: Tensor, key: Tensor, start: Tensor | None, width: int, slo
     return (scores - slope * distance.to(scores.dtype)).masked_fill(~allowed, -math.inf)
 
 
-def ref_products(gate: Tensor, out: Tensor, products: Tensor) -> None:
-    """products [M, 4A] = codes of the blocked outer product of gate codes [M, A] and out [M, A]."""
+def ref_products(gate: Tensor, out: Tensor, products: Tensor, product_scale: float | None = None) -> None:
+    """products [M, 4A] = codes of the blocked outer product of gate codes [M, A] and out [M, A]; their scale is the gate's if None."""
     dtype = working_dtype(out, products)
     blocks = gate.unflatten(1, (-1, PRODUCTS_PER_CHANNEL, 1, _GATE_BLOCK)).to(dtype)
     pairs = blocks * out.unflatten(1, (-1, 1, PRODUCTS_PER_CHANNEL, _GATE_BLOCK)).to(dtype)
-    scaled = pairs.flatten(1)  # in units of the gate's codes, which are those of products
+    scaled = pairs.flatten(1) / product_step(gate.dtype, product_scale)
     products.copy_(codes.encode(scaled, products.dtype) if products.dtype in codes.CODE_DTYPES else scaled)
+
+
+def product_step(gate: torch.dtype, product_scale: float | None) -> int:
+    """The gate's scale over that of products (None: 1). Raises ValueError if it is not 1 or, of int8, 2: kernels know these, both exact."""
+    step = 1.0 if product_scale is None else codes.vector_scale(gate) / product_scale
+    if step != 1 and (step != 2 or gate != torch.int8):
+        raise ValueError(
+            f"products of {gate} gates with scale {product_scale}: it must be {codes.vector_scale(gate)} or, of int8, half of it"
+        )
+    return int(step)
 
 
 def ref_attend(
@@ -83,6 +94,7 @@ def ref_attend(
     out: Tensor,
     log_sum: Tensor,
     products: Tensor,
+    product_scale: float | None = None,
 ) -> None:
     """See `attend`. fp64 tensors are taken as codes too (scale 24): tests compare with autograd."""
     rows, dtype = query.shape[0], working_dtype(query, rms)
@@ -100,7 +112,8 @@ def ref_attend(
         attended = torch.einsum("fhts,fshc->fthc", weights / total, v[some])
         out[here] = attended.flatten(0, 1).flatten(1)[: here.stop - here.start].to(out.dtype)
         log_sum[:, here] = (peak + total.log2())[..., 0].transpose(0, 1).flatten(1)[:, : here.stop - here.start].to(log_sum.dtype)
-    ref_products(gate, out, products)
+    ref_products(gate, out, products, product_scale)
+
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
 # One program attends for BQ queries of one head. It visits key blocks that some of them see, and masks those that not all see whole.
@@ -220,35 +233,38 @@ if has_triton():
             return x.to(tl.float32)
 
     @triton.jit
-    def encode_product(a, b, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """`encode_tile` of a * b, fp32. int8: 1.5 * 2**23 is added to the exact product, which rounds it to the nearest even integer and
-        leaves that in the low bits: 4 instructions an element instead of 7, among them a slow one."""
+    def encode_product(a, b, CODE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Code of a * b (fp32, exact) in units of STEP, 1 or 2 (int8). int8: STEP * 1.5 * 2**23 is added, which rounds to the nearest even
+        multiple of STEP and leaves that multiple in the low bits: 4 instructions an element instead of 7, among them a slow one."""
         if CODE == tl.int8:
-            shifted = tl.fma(a, b, tl.full(a.shape, 12582912.0, tl.float32))
-            limited = tl.minimum(tl.maximum(shifted, 12582912.0 - 128.0), 12582912.0 + 127.0)
+            zero: tl.constexpr = STEP * 12582912.0
+            shifted = tl.fma(a, b, tl.full(a.shape, zero, tl.float32))
+            limited = tl.minimum(tl.maximum(shifted, zero - STEP * 128.0), zero + STEP * 127.0)
             return limited.to(tl.int32, bitcast=True).to(tl.int8)
         else:
             return encode_tile(a * b, CODE)
 
     @triton.jit
-    def store_products(out_tile, gate, products, o_row, m_row, head, heads, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    def store_products(  # type: ignore[no-untyped-def]
+        out_tile, gate, products, o_row, m_row, head, heads, CODE: tl.constexpr, STEP: tl.constexpr
+    ):
         """Codes of the outer product of a head's gate and out_tile [R, 128] (fp32, as stored), rows o_row."""
         o_channel = tl.arange(0, 128)
         o_gate = o_row[:, None].to(tl.int64) * (heads * 128) + head * 128
         p_product = products + o_row[:, None].to(tl.int64) * (heads * 512) + head * 512 + o_channel[None, :]
         for i in tl.static_range(4):
             gate_tile = small_to_float(tl.load(gate + o_gate + (i * 32 + o_channel % 32)[None, :], mask=m_row[:, None]))
-            tl.store(p_product + i * 128, encode_product(gate_tile, out_tile, CODE), mask=m_row[:, None])
+            tl.store(p_product + i * 128, encode_product(gate_tile, out_tile, CODE, STEP), mask=m_row[:, None])
 
     @triton.jit
     def attend_kernel(  # type: ignore[no-untyped-def]
         query, key, value, key_rms, gate, document_start, out, log_sum, products,
         rows, tokens, heads, width, slope, logit_scale, value_scale,
         BQ: tl.constexpr, BKV: tl.constexpr, EDGES: tl.constexpr, SLOPED: tl.constexpr, DOCUMENTS: tl.constexpr, TMA: tl.constexpr,
-        EVEN: tl.constexpr, CODE: tl.constexpr, LEFT: tl.constexpr = 1,
+        EVEN: tl.constexpr, CODE: tl.constexpr, STEP: tl.constexpr, LEFT: tl.constexpr = 1,
     ):  # fmt: skip
-        """See `attend`. query [BQ, 128], key and value [BKV, 128] descriptors or pointers; EDGES as `edges`, EVEN as `is_even`, LEFT as
-        `held` says."""
+        """See `attend`. query [BQ, 128], key and value [BKV, 128] descriptors or pointers; EDGES as `edges`, EVEN as `is_even`, STEP as
+        `encode_product`, LEFT as `held` says."""
         block, head, fragment = program_place(tl.cdiv(tokens, BQ), heads)
         row = fragment * tokens
         length = min(tokens, rows - row)
@@ -290,7 +306,7 @@ if has_triton():
         # every product through shared memory.
         tl.debug_barrier()
         out_tile = tl.load(p_out, mask=m_row[:, None])
-        store_products(out_tile.to(tl.float32), gate, products, o_row, m_row, head, heads, CODE)
+        store_products(out_tile.to(tl.float32), gate, products, o_row, m_row, head, heads, CODE, STEP)
 
 
 # -- launch ------------------------------------------------------------------------------------------------------------
@@ -321,7 +337,7 @@ def operation(name: str, tokens: int, width: int) -> str:
 
 def _launch_attend(
     query: Tensor, key: Tensor, value: Tensor, rms: Tensor, gate: Tensor, *, tokens: int, width: int, slope: float,
-    document_start: Tensor | None, out: Tensor, log_sum: Tensor, products: Tensor,
+    document_start: Tensor | None, out: Tensor, log_sum: Tensor, products: Tensor, product_scale: float | None,
 ) -> None:  # fmt: skip
     rows, heads = query.shape[0], query.shape[1] // HEAD_CHANNELS
     config = launch(operation("attend", tokens, width), capability(query.device), query.dtype)
@@ -335,7 +351,8 @@ def _launch_attend(
         products,
         rows, tokens, heads, min(width, tokens), slope, logit_scale, 1.0 / codes.vector_scale(value.dtype),
         EDGES=edges(tokens, width, documents, block_queries, block_keys), SLOPED=slope != 0.0, DOCUMENTS=documents, TMA=tma,
-        EVEN=is_even(rows, tokens, block_queries), CODE=TRITON_DTYPES[products.dtype], **config,
+        EVEN=is_even(rows, tokens, block_queries), CODE=TRITON_DTYPES[products.dtype], STEP=product_step(gate.dtype, product_scale),
+        **config,
     )  # fmt: skip
 
 
@@ -356,6 +373,7 @@ def attend(
     out: Tensor,
     log_sum: Tensor,
     products: Tensor,
+    product_scale: float | None = None,
     backend: BackendName | None = None,
 ) -> None:
     """Attention of one layer, and the combiner's input.
@@ -364,10 +382,11 @@ def attend(
     dtype of products.
     rms: fp32 [4H, M], of which the key rows H..2H-1 are read. tokens: T, length of a fragment. width: tokens seen, at least 1.
     slope: base-2 units per token. document_start: int32 [M], position in the fragment where the row's document starts, or None.
-    Writes out bf16 [M, A], log_sum fp32 [H, M], products [M, 4A] codes.
+    Writes out bf16 [M, A], log_sum fp32 [H, M], products [M, 4A] codes of product_scale (None: the gate's; int8 also half of it).
+    Raises ValueError for other scales.
     """
     attend_here = _launch_attend if choose(query.device, backend).name == "triton" else ref_attend
     attend_here(
         query, key, value, rms, gate, tokens=tokens, width=width, slope=slope, document_start=document_start,
-        out=out, log_sum=log_sum, products=products,
+        out=out, log_sum=log_sum, products=products, product_scale=product_scale,
     )  # fmt: skip

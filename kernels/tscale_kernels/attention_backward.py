@@ -101,6 +101,7 @@ def ref_store_attention(
     ref_store(KEY, ref_rotate_back(d_key, cosine, sine), store)
     ref_store(VALUE, ref_through_normalise(d_value, value, segment_rms(rms, VALUE)), store)
 
+
 # -- Triton ------------------------------------------------------------------------------------------------------------
 # Two kernels, so that no sum depends on the order of programs: one goes over the keys of BQ queries, one over the queries of BKV keys. Both
 # make scores from the codes as `attend` does; what multiplies a gradient is bf16 (8-bit codes are exact in it), sums are fp32.

@@ -87,9 +87,7 @@ if has_triton():
         d_weight = tl.sum(load_codes(d_out, o_row, m_row, head, heads) * value_before, axis=1) * value_scale
         root = tl.load(key_rms + o_row - 1, mask=m_sees, other=0.0)
         d_score = weight * (1.0 - weight) * d_weight * (root * key_scale * score_scale)
-        d_query = through_normalise(
-            d_score[:, None] * key_before, query_tile * query_scale, rms + head.to(tl.int64) * rows, o_row, m_row
-        )
+        d_query = through_normalise(d_score[:, None] * key_before, query_tile * query_scale, rms + head.to(tl.int64) * rows, o_row, m_row)
         store_gradient(
             rotate_back(d_query, cosine, sine, position, m_row, BR), d_projected, row_max, column_max, units, token_weight,
             first_row, o_row, m_row, 0, head, heads, False,
@@ -97,9 +95,7 @@ if has_triton():
 
         m_after = previous_mask(o_row + 1, tokens, document_start, o_row + 1 < rows, DOCUMENTS)
         query_after = load_codes(query, o_row + 1, m_after, head, heads)
-        weight = previous_weight(
-            query_after, load_codes(key, o_row, m_row, head, heads), key_rms, o_row + 1, m_after, slope, logit_scale
-        )
+        weight = previous_weight(query_after, load_codes(key, o_row, m_row, head, heads), key_rms, o_row + 1, m_after, slope, logit_scale)
         gradient_after = load_codes(d_out, o_row + 1, m_after, head, heads)
         value_tile = load_codes(value, o_row, m_row, head, heads) * value_scale
         d_score = weight * (1.0 - weight) * tl.sum(gradient_after * value_tile, axis=1) * (query_scale * score_scale)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tscale_kernels import codes
-from tscale_kernels.attention import LOGIT_SCALE, ref_products
+from tscale_kernels.attention import LOGIT_SCALE, product_step, ref_products
 from tscale_kernels.dispatch import BackendName, choose, has_triton
 from tscale_kernels.head_gradient import HEAD_CHANNELS, KEY, heads_of, segment_rms, working_dtype
 from tscale_kernels.launch_table import launch
@@ -52,6 +52,7 @@ def ref_attend_width1(
     document_start: Tensor | None,
     out: Tensor,
     products: Tensor,
+    product_scale: float | None = None,
 ) -> None:
     """See `attend_width1`."""
     dtype = working_dtype(query, rms)
@@ -59,7 +60,7 @@ def ref_attend_width1(
     sees = sees_previous(query.shape[0], tokens, document_start, query.device)
     weight = ref_weight(heads_of(query, dtype), previous(true_key), sees, slope)
     out.copy_((weight[:, :, None] * previous(heads_of(value, dtype))).flatten(1))
-    ref_products(gate, out, products)
+    ref_products(gate, out, products, product_scale)
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ if has_triton():
     @triton.jit
     def attend_width1_kernel(  # type: ignore[no-untyped-def]
         query, key, value, key_rms, gate, document_start, out, products, rows, tokens, heads, slope, logit_scale, value_scale,
-        BR: tl.constexpr, DOCUMENTS: tl.constexpr, CODE: tl.constexpr,
+        BR: tl.constexpr, DOCUMENTS: tl.constexpr, CODE: tl.constexpr, STEP: tl.constexpr,
     ):  # fmt: skip
         """See `attend_width1`."""
         head = tl.program_id(0) % heads
@@ -109,7 +110,7 @@ if has_triton():
         out_tile = (load_codes(value, o_row - 1, m_sees, head, heads) * (weight * value_scale)[:, None]).to(tl.bfloat16)
         p_out = out + o_row[:, None].to(tl.int64) * (heads * 128) + head * 128 + tl.arange(0, 128)[None, :]
         tl.store(p_out, out_tile)
-        store_products(out_tile.to(tl.float32), gate, products, o_row, m_row, head, heads, CODE)
+        store_products(out_tile.to(tl.float32), gate, products, o_row, m_row, head, heads, CODE, STEP)
 
 
 def logit_scale_of_codes(query: Tensor, key: Tensor) -> float:
@@ -119,7 +120,7 @@ def logit_scale_of_codes(query: Tensor, key: Tensor) -> float:
 
 def _launch_attend_width1(
     query: Tensor, key: Tensor, value: Tensor, rms: Tensor, gate: Tensor, *, tokens: int, slope: float, document_start: Tensor | None,
-    out: Tensor, products: Tensor,
+    out: Tensor, products: Tensor, product_scale: float | None,
 ) -> None:  # fmt: skip
     rows, heads = query.shape[0], query.shape[1] // HEAD_CHANNELS
     config = launch("attend_width1", capability(query.device))
@@ -127,7 +128,7 @@ def _launch_attend_width1(
     attend_width1_kernel[(rows // config["BR"] * heads,)](
         query, key, value, rms[KEY * heads :], gate, document_start if documents else rms, out, products, rows, tokens, heads, slope,
         logit_scale_of_codes(query, key), 1.0 / codes.vector_scale(value.dtype),
-        DOCUMENTS=documents, CODE=TRITON_DTYPES[products.dtype], **config,
+        DOCUMENTS=documents, CODE=TRITON_DTYPES[products.dtype], STEP=product_step(gate.dtype, product_scale), **config,
     )  # fmt: skip
 
 
@@ -146,8 +147,12 @@ def attend_width1(
     document_start: Tensor | None,
     out: Tensor,
     products: Tensor,
+    product_scale: float | None = None,
     backend: BackendName | None = None,
 ) -> None:
     """`attention.attend` for width 1. Shapes and dtypes as there; no log_sum."""
     attend_here = _launch_attend_width1 if choose(query.device, backend).name == "triton" else ref_attend_width1
-    attend_here(query, key, value, rms, gate, tokens=tokens, slope=slope, document_start=document_start, out=out, products=products)
+    attend_here(
+        query, key, value, rms, gate, tokens=tokens, slope=slope, document_start=document_start, out=out, products=products,
+        product_scale=product_scale,
+    )  # fmt: skip

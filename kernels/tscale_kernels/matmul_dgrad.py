@@ -6,8 +6,9 @@
     through_norm_add   dx += normalise'(d)                              gradient of the residual stream
     normalise'(d) = (d - y * mean(y d)) / rms   over groups of 128 channels, y = code / vector_scale the stored normalised vector
 The last two also find the maxima that the next quantiser needs (`quantize.py`): row_max[t] over channels of |result| and column_max[k] over
-tokens of |result| * token_weight, before the result is rounded to bf16, by atomic maxima, which no order changes. A joined projection has
-its units in the row codes already, and takes unit = 1. The sum is exact for int8.
+tokens of |result| * token_weight, before the result is rounded to bf16, by atomic maxima, which no order changes; and, since they read the
+input whose weight gradient is next (`transpose.transpose_scaled`), the maxima over tokens of that: input_max[k] of |max(hidden, 0)| or |n|,
+in codes, times input_scale[t]. A joined projection has its units in the row codes already, and takes unit = 1. The sum is exact for int8.
 """
 
 from __future__ import annotations
@@ -45,22 +46,26 @@ def ref_to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, *, out:
 def ref_through_relu_norm(
     g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor,
     *, hidden: Tensor, rms: Tensor, token_weight: Tensor, out: Tensor, row_max: Tensor, column_max: Tensor,
+    input_scale: Tensor | None, input_max: Tensor | None,
 ) -> None:  # fmt: skip
     """See `through_relu_norm`."""
     d = _ref_gradient(g, row_unit, w_t, unit)
     d = ref_through_norm(torch.where(hidden.float() >= 0, d, 0.0), hidden, rms)
     out.copy_(d)
     _ref_maxima(d, token_weight, row_max, column_max)
+    _ref_input_maxima(hidden.float().relu(), input_scale, input_max)
 
 
 def ref_through_norm_add(
     g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor,
     *, n: Tensor, rms: Tensor, token_weight: Tensor, dx: Tensor, row_max: Tensor, column_max: Tensor,
+    input_scale: Tensor | None, input_max: Tensor | None,
 ) -> None:  # fmt: skip
     """See `through_norm_add`."""
     new = dx.float() + ref_through_norm(_ref_gradient(g, row_unit, w_t, unit), n, rms)
     dx.copy_(new)
     _ref_maxima(new, token_weight, row_max, column_max)
+    _ref_input_maxima(n.float(), input_scale, input_max)
 
 
 def _ref_gradient(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor) -> Tensor:
@@ -84,6 +89,11 @@ def _ref_maxima(values: Tensor, token_weight: Tensor, row_max: Tensor, column_ma
     size = values.abs()
     row_max.copy_(torch.maximum(row_max, size.amax(1)))
     column_max.copy_(torch.maximum(column_max, (size * token_weight[:, None]).amax(0)))
+
+
+def _ref_input_maxima(values: Tensor, scale: Tensor | None, maxima: Tensor | None) -> None:
+    if scale is not None and maxima is not None:
+        maxima.copy_(torch.maximum(maxima, (values.abs() * scale[:, None]).amax(0)))
 
 
 # -- Triton ------------------------------------------------------------------------------------------------------------
@@ -124,6 +134,14 @@ if has_triton():
         tl.atomic_max(column_max + column + tl.arange(0, BC), weighted.to(tl.int32, bitcast=True), sem="relaxed")
 
     @triton.jit
+    def note_input(values, input_scale, input_max, row, column, BR: tl.constexpr, BC: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Raise input_max (int32 pointer as in `note_maxima`) to the column maxima of |values| * input_scale; nothing without one."""
+        if input_scale is not None:
+            size = tl.abs(values) * tl.load(input_scale + row + tl.arange(0, BR))[:, None]
+            largest = tl.max(size.to(tl.int32, bitcast=True), axis=0)  # as integers: a NaN is above all
+            tl.atomic_max(input_max + column + tl.arange(0, BC), largest, sem="relaxed")
+
+    @triton.jit
     def group_codes(sums, BR: tl.constexpr, BC: tl.constexpr):  # type: ignore[no-untyped-def]
         """(int8 codes [BR, BC], code units [BR, BC / 128]) of an fp32 tile."""
         groups = tl.reshape(sums, (BR, BC // 128, 128))
@@ -154,7 +172,7 @@ if has_triton():
 
     @triton.jit
     def through_relu_norm_kernel(  # type: ignore[no-untyped-def]
-        g, row_unit, w_t, unit, hidden, rms, token_weight, out, row_max, column_max,
+        g, row_unit, w_t, unit, hidden, rms, token_weight, out, row_max, column_max, input_scale, input_max,
         row_tiles, column_tiles, depth, rows, factor, code_unit,
         ACC: tl.constexpr, TMA: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     ):  # fmt: skip
@@ -165,6 +183,7 @@ if has_triton():
         width = column_tiles * BC
         sums = product_tile(g, w_t, row, column, 0, depth // BK, depth, depth, BR, BC, BK, ACC, TMA).to(tl.float32)
         codes = load_tile(hidden, row, column, width, BR, BC, TMA).to(tl.float32)
+        note_input(tl.maximum(codes, 0.0), input_scale, input_max, row, column, BR, BC)
         scale = row_scale(row_unit, unit, row, factor, BR)
         d = through_norm_tile(tl.where(codes >= 0, sums, 0.0), codes, scale, rms, row, column, rows, code_unit, BR, BC)
         store_tile(out, row, column, width, d.to(tl.bfloat16), BR, BC, TMA)
@@ -172,7 +191,7 @@ if has_triton():
 
     @triton.jit
     def through_norm_add_kernel(  # type: ignore[no-untyped-def]
-        g, row_unit, w_t, unit, n, rms, token_weight, dx, row_max, column_max,
+        g, row_unit, w_t, unit, n, rms, token_weight, dx, row_max, column_max, input_scale, input_max,
         row_tiles, column_tiles, depth, rows, factor, code_unit,
         STREAM: tl.constexpr, ACC: tl.constexpr, TMA: tl.constexpr,
         BR: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
@@ -184,6 +203,7 @@ if has_triton():
         width = column_tiles * BC
         sums = product_tile(g, w_t, row, column, 0, depth // BK, depth, depth, BR, BC, BK, ACC, TMA).to(tl.float32)
         codes = load_tile(n, row, column, width, BR, BC, TMA).to(tl.float32)
+        note_input(codes, input_scale, input_max, row, column, BR, BC)
         scale = row_scale(row_unit, unit, row, factor, BR)
         d = through_norm_tile(sums, codes, scale, rms, row, column, rows, code_unit, BR, BC)
         new = load_tile(dx, row, column, width, BR, BC, TMA).to(tl.float32) + d
@@ -221,6 +241,10 @@ def _plan(op: str, g: Tensor, w_t: Tensor) -> _Plan:
     return _Plan(config, tiles.uses_tma(g.device), rows // config["BR"], columns // config["BC"], depth, columns**-0.5)
 
 
+def _bits(maxima: Tensor) -> Tensor:
+    return maxima.view(torch.int32)
+
+
 def _launch_to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, out: Tensor, out_unit: Tensor | None) -> None:
     plan = _plan("to_input", g, w_t)
     codes, weights = plan.operands(g, w_t)
@@ -233,12 +257,14 @@ def _launch_to_input(g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor, out
 def _launch_through_relu_norm(
     g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor,
     hidden: Tensor, rms: Tensor, token_weight: Tensor, out: Tensor, row_max: Tensor, column_max: Tensor,
+    input_scale: Tensor | None, input_max: Tensor | None,
 ) -> None:  # fmt: skip
     plan = _plan("through_relu_norm", g, w_t)
     codes, weights = plan.operands(g, w_t)
     through_relu_norm_kernel[plan.grid](
-        codes, row_unit, weights, unit, plan.tile(hidden), rms, token_weight, plan.tile(out),
-        row_max.view(torch.int32), column_max.view(torch.int32), plan.row_tiles, plan.column_tiles, plan.depth, g.shape[0], plan.factor,
+        codes, row_unit, weights, unit, plan.tile(hidden), rms, token_weight, plan.tile(out), _bits(row_max), _bits(column_max),
+        input_scale, None if input_max is None else _bits(input_max),
+        plan.row_tiles, plan.column_tiles, plan.depth, g.shape[0], plan.factor,
         1.0 / vector_scale(hidden.dtype), ACC=tiles.accumulator(g.dtype), TMA=plan.tma, enable_fp_fusion=True, **plan.config,
     )  # fmt: skip
 
@@ -246,12 +272,14 @@ def _launch_through_relu_norm(
 def _launch_through_norm_add(
     g: Tensor, row_unit: Tensor, w_t: Tensor, unit: Tensor,
     n: Tensor, rms: Tensor, token_weight: Tensor, dx: Tensor, row_max: Tensor, column_max: Tensor,
+    input_scale: Tensor | None, input_max: Tensor | None,
 ) -> None:  # fmt: skip
     plan = _plan("through_norm_add", g, w_t)
     codes, weights = plan.operands(g, w_t)
     through_norm_add_kernel[plan.grid](
-        codes, row_unit, weights, unit, plan.tile(n), rms, token_weight, plan.tile(dx),
-        row_max.view(torch.int32), column_max.view(torch.int32), plan.row_tiles, plan.column_tiles, plan.depth, g.shape[0], plan.factor,
+        codes, row_unit, weights, unit, plan.tile(n), rms, token_weight, plan.tile(dx), _bits(row_max), _bits(column_max),
+        input_scale, None if input_max is None else _bits(input_max),
+        plan.row_tiles, plan.column_tiles, plan.depth, g.shape[0], plan.factor,
         1.0 / vector_scale(n.dtype), STREAM=tiles.TRITON_DTYPES[dx.dtype], ACC=tiles.accumulator(g.dtype), TMA=plan.tma,
         enable_fp_fusion=True, **plan.config,
     )  # fmt: skip
@@ -293,19 +321,22 @@ def through_relu_norm(
     out: Tensor,
     row_max: Tensor,
     column_max: Tensor,
+    input_scale: Tensor | None = None,
+    input_max: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> None:
     """out = normalise'(ReLU'(d)). Operands as in `to_input`; hidden: codes [M, K] before the ReLU (0 passes); rms: fp32 [K / 128, M].
 
     Writes out bf16 [M, K]; raises row_max fp32 [M] and column_max fp32 [K] (zeroed by the caller) to the maxima of out.
-    token_weight: fp32 [M].
+    token_weight: fp32 [M]. With input_scale fp32 [M], raises input_max fp32 [K] to those of max(hidden, 0) * input_scale.
     """
     if choose(g.device, backend).name == "triton":
-        _launch_through_relu_norm(g, row_unit, w_t, unit, hidden, rms, token_weight, out, row_max, column_max)
+        _launch_through_relu_norm(g, row_unit, w_t, unit, hidden, rms, token_weight, out, row_max, column_max, input_scale, input_max)
         return
     ref_through_relu_norm(
-        g, row_unit, w_t, unit, hidden=hidden, rms=rms, token_weight=token_weight, out=out, row_max=row_max, column_max=column_max
-    )
+        g, row_unit, w_t, unit, hidden=hidden, rms=rms, token_weight=token_weight, out=out, row_max=row_max, column_max=column_max,
+        input_scale=input_scale, input_max=input_max,
+    )  # fmt: skip
 
 
 def through_norm_add(
@@ -320,13 +351,19 @@ def through_norm_add(
     dx: Tensor,
     row_max: Tensor,
     column_max: Tensor,
+    input_scale: Tensor | None = None,
+    input_max: Tensor | None = None,
     backend: BackendName | None = None,
 ) -> None:
     """dx += normalise'(d), in place. Operands as in `to_input`; n: codes [M, K] of the normalised stream; rms: fp32 [K / 128, M].
 
     dx: fp32 or bf16 [M, K]. Raises row_max fp32 [M] and column_max fp32 [K] (zeroed by the caller) to the maxima of the new dx.
+    With input_scale fp32 [M], raises input_max fp32 [K] to those of n * input_scale.
     """
     if choose(g.device, backend).name == "triton":
-        _launch_through_norm_add(g, row_unit, w_t, unit, n, rms, token_weight, dx, row_max, column_max)
+        _launch_through_norm_add(g, row_unit, w_t, unit, n, rms, token_weight, dx, row_max, column_max, input_scale, input_max)
         return
-    ref_through_norm_add(g, row_unit, w_t, unit, n=n, rms=rms, token_weight=token_weight, dx=dx, row_max=row_max, column_max=column_max)
+    ref_through_norm_add(
+        g, row_unit, w_t, unit, n=n, rms=rms, token_weight=token_weight, dx=dx, row_max=row_max, column_max=column_max,
+        input_scale=input_scale, input_max=input_max,
+    )  # fmt: skip

@@ -108,7 +108,8 @@ def ref_row_max(g: Tensor, *, segment_units: Tensor | None, out: Tensor) -> None
 # -- Triton ------------------------------------------------------------------------------------------------------------
 # Numbers are handled in pairs of neighbouring channels: one 32-bit word of bf16, one hash, one 16-bit word of two codes. A tile has the
 # shape [R, BM / R, BN / 2] with token = R * second + first, which makes a thread hold R neighbouring tokens of a channel: they lie side by
-# side in the transposed copy, so the exchange between threads moves whole words. 25 instructions per number became 19 by these two.
+# side in the transposed copy. With PACK = 4 (then R is not used) a thread makes words of four tokens' codes of a channel, and these are
+# exchanged between threads; with PACK = 1 codes are, which triton 3.6 moves one by one. The bits are the same.
 
 if has_triton():
     import triton
@@ -142,25 +143,53 @@ if has_triton():
 
     @triton.jit
     def dithered_pair(even, odd, noise):  # type: ignore[no-untyped-def]
-        """Two int8 codes (even channel in the low byte) as int16. even, odd: fp32 in 1/256 of a code; noise: int32, bytes 0 and 2.
+        """Two int8 codes, the even channel's plus 128, in bytes 1 and 3 of int32. even, odd: fp32 in 1/256 of a code; noise: int32, bytes 0
+        and 2.
 
         Adding 1.5 * 2**23 rounds to a whole number, whose bits are then the low bits of the float. The even one is raised by 2**15 (a code
         of 128), so that adding noise to it never carries into the odd one above it; the odd one's constant takes back the 0x4B40 that the
         even float's upper bits add to it."""
         low = (even + 12615680.0).to(tl.int32, bitcast=True)
         high = (odd + 12563648.0).to(tl.int32, bitcast=True)
-        fixed = (high << 16) + low + noise
-        codes = (fixed & -16711936) ^ 0x8000
-        return ((codes + (codes << 8)) >> 16).to(tl.int16)
+        return (high << 16) + low + noise
 
     @triton.jit
     def nearest_pair(even, odd, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Two e4m3 codes as int16, or two bf16 as int32."""
+        """Two e4m3 codes in bytes 1 and 3 of int32, or two bf16."""
         if CODE == tl.bfloat16:
             low = even.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32)
             return (odd.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) << 16) | (low & 0xFFFF)
         else:
-            return (e4m3_bits(even) | (e4m3_bits(odd) << 8)).to(tl.int16)
+            return (e4m3_bits(even) << 8) | (e4m3_bits(odd) << 24)
+
+    @triton.jit
+    def stored_pair(pair, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """A pair as it is stored: int16, or int32 of bf16; the even channel in the low half."""
+        if CODE == tl.bfloat16:
+            return pair
+        else:
+            codes = pair & -16711936
+            if CODE == tl.int8:
+                codes = codes ^ 0x8000
+            return ((codes + (codes << 8)) >> 16).to(tl.int16)
+
+    @triton.jit
+    def token_words(first, second, third, fourth, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+        """(even, odd channel's) codes of four tokens side by side, from their pairs: int32, or int64 of bf16."""
+        if CODE == tl.bfloat16:
+            even = (first & 0xFFFF) | (second << 16)
+            odd = ((first >> 16) & 0xFFFF) | (second & -65536)
+            even_above = ((third & 0xFFFF) | (fourth << 16)).to(tl.int64) << 32
+            odd_above = (((third >> 16) & 0xFFFF) | (fourth & -65536)).to(tl.int64) << 32
+            return even_above | (even.to(tl.int64) & 0xFFFFFFFF), odd_above | (odd.to(tl.int64) & 0xFFFFFFFF)
+        else:
+            below = ((first >> 8) & 0x00FF00FF) | (second & -16711936)  # bytes: even, even, odd, odd
+            above = ((third >> 8) & 0x00FF00FF) | (fourth & -16711936)
+            even = (below & 0xFFFF) | (above << 16)
+            odd = ((below >> 16) & 0xFFFF) | (above & -65536)
+            if CODE == tl.int8:
+                even = even ^ -2139062144
+            return even, odd
 
     @triton.jit
     def e4m3_bits(value):  # type: ignore[no-untyped-def]
@@ -174,19 +203,50 @@ if has_triton():
         small = (size + 24576.0).to(tl.int32, bitcast=True) & 0xF  # 1.5 * 2**14: whole numbers of 2**-9, up to 8
         return tl.where(value != value, 0x7F, tl.where(size < 0.015625, small, normal)) | sign
 
+    @triton.jit
+    def quantise(  # type: ignore[no-untyped-def]
+        g, codes, row_max, token_weight, row_unit, row, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
+        CODE: tl.constexpr, PEAK: tl.constexpr, SCALED: tl.constexpr,
+    ):  # fmt: skip
+        """Codes by rows of the tokens `row` and channels `pair`, which broadcast to a tile, stored; pairs of their codes by columns."""
+        at = row.to(tl.int64) * pairs + pair
+        even, odd = load_pairs(g, at)
+        maximum = tl.load(row_max + row)
+        factor = factor_of(maximum, SCALED) * segment_unit
+        weight = tl.load(token_weight + row)
+        if tl.program_id(0) == 0:
+            tl.store(row_unit + row, unit_of(maximum, PEAK))
+        if CODE == tl.int8:
+            hashed = hash_u32((row * pairs + pair).to(tl.uint32) ^ mixed)
+            by_row = dithered_pair(even * factor, odd * factor, (hashed & 0xFF00FF).to(tl.int32))
+            noise = ((hashed >> 8) & 0xFF00FF).to(tl.int32)
+            by_column = dithered_pair(even * weight * even_factor, odd * weight * odd_factor, noise)
+        else:
+            by_row = nearest_pair(even * factor, odd * factor, CODE)
+            by_column = nearest_pair(even * weight * even_factor, odd * weight * odd_factor, CODE)
+        tl.store(codes + at, stored_pair(by_row, CODE))
+        return by_column
+
     @triton.jit(do_not_specialize=["salt"])
     def rows_and_transpose_kernel(  # type: ignore[no-untyped-def]
         g, row_max, column_max, token_weight, segment_units, seed, salt, codes, row_unit, codes_t, column_unit, M, N, segment_columns,
         CODE: tl.constexpr, PEAK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, R: tl.constexpr, STEPS: tl.constexpr,
-        STAGES: tl.constexpr,
+        STAGES: tl.constexpr, PACK: tl.constexpr,
     ):  # fmt: skip
         """Program (i, j): columns i * BN .. + BN of row tiles j * STEPS .. + STEPS. g, codes, codes_t: pointers to words, see `_launch`."""
         PAIRS: tl.constexpr = BN // 2
         SCALED: tl.constexpr = PEAK * 256.0 if CODE == tl.int8 else PEAK
         HALF: tl.constexpr = 16 if CODE == tl.bfloat16 else 8
-        pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[None, None, :]
-        token = tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
+        pairs = N // 2
+        length = M // PACK
+        pair = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
         mixed = hash_u32(tl.load(seed).to(tl.uint32) ^ (salt.to(tl.uint32) * 0x9E3779B1))  # dither.mixed_seed
+        if PACK == 1:
+            pair = pair[None, None, :]
+            token = tl.arange(0, BM // R)[None, :, None] * R + tl.arange(0, R)[:, None, None]
+        else:
+            pair = pair[None, :]
+            token = tl.arange(0, BM // 4)[:, None] * 4
         even_factor = factor_of(tl.load(column_max + pair * 2), SCALED)
         odd_factor = factor_of(tl.load(column_max + pair * 2 + 1), SCALED)
         segment_unit = 1.0
@@ -195,44 +255,47 @@ if has_triton():
         if tl.program_id(1) == 0:
             column = tl.program_id(0) * BN + tl.arange(0, BN)
             tl.store(column_unit + column, unit_of(tl.load(column_max + column), PEAK))
-        even_row = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]).to(tl.int64) * 2 * M
+        even_row = (tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)[:, None]).to(tl.int64) * 2 * length
         first = tl.program_id(1) * STEPS
         for tile in tl.range(first, min(first + STEPS, M // BM), num_stages=STAGES):
             row = tile * BM + token
-            at = row.to(tl.int64) * (N // 2) + pair
-            even, odd = load_pairs(g, at)
-            maximum = tl.load(row_max + row)
-            factor = factor_of(maximum, SCALED) * segment_unit
-            weight = tl.load(token_weight + row)
-            if CODE == tl.int8:
-                hashed = hash_u32((row * (N // 2) + pair).to(tl.uint32) ^ mixed)
-                by_row = dithered_pair(even * factor, odd * factor, (hashed & 0xFF00FF).to(tl.int32))
-                noise = ((hashed >> 8) & 0xFF00FF).to(tl.int32)
-                by_column = dithered_pair(even * weight * even_factor, odd * weight * odd_factor, noise)
+            by_column = quantise(
+                g, codes, row_max, token_weight, row_unit, row, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
+                CODE, PEAK, SCALED,
+            )  # fmt: skip
+            if PACK == 1:
+                transposed = tl.reshape(tl.permute(stored_pair(by_column, CODE), (2, 1, 0)), (PAIRS, BM))
+                even, odd = transposed.to(codes_t.dtype.element_ty), (transposed >> HALF).to(codes_t.dtype.element_ty)
             else:
-                by_row = nearest_pair(even * factor, odd * factor, CODE)
-                by_column = nearest_pair(even * weight * even_factor, odd * weight * odd_factor, CODE)
-            tl.store(codes + at, by_row)
-            transposed = tl.reshape(tl.permute(by_column, (2, 1, 0)), (PAIRS, BM))
-            to = even_row + tile * BM + tl.arange(0, BM)[None, :]
-            tl.store(codes_t + to, transposed.to(codes_t.dtype.element_ty))
-            tl.store(codes_t + to + M, (transposed >> HALF).to(codes_t.dtype.element_ty))
-            if tl.program_id(0) == 0:
-                tl.store(row_unit + row, unit_of(maximum, PEAK))
+                second = quantise(
+                    g, codes, row_max, token_weight, row_unit, row + 1, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
+                    CODE, PEAK, SCALED,
+                )  # fmt: skip
+                third = quantise(
+                    g, codes, row_max, token_weight, row_unit, row + 2, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
+                    CODE, PEAK, SCALED,
+                )  # fmt: skip
+                fourth = quantise(
+                    g, codes, row_max, token_weight, row_unit, row + 3, pair, pairs, mixed, segment_unit, even_factor, odd_factor,
+                    CODE, PEAK, SCALED,
+                )  # fmt: skip
+                even, odd = token_words(by_column, second, third, fourth, CODE)
+                even, odd = tl.trans(even), tl.trans(odd)
+            to = even_row + tile * (BM // PACK) + tl.arange(0, BM // PACK)[None, :]
+            tl.store(codes_t + to, even)
+            tl.store(codes_t + to + length, odd)
 
     @triton.jit
     def column_max_kernel(  # type: ignore[no-untyped-def]
-        g, token_weight, out, N, tiles_of_rows, RELU: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr
+        g, token_weight, out, N, tiles_of_rows, BM: tl.constexpr, BN: tl.constexpr, STEPS: tl.constexpr
     ):
-        """out: int32 pointer to the bits of floats >= 0, which compare as their bits do (a NaN is above all). RELU: of max(g, 0)."""
+        """out: int32 pointer to the bits of floats >= 0, which compare as their bits do (a NaN is above all)."""
         column = tl.program_id(0) * BN + tl.arange(0, BN)
         largest = tl.zeros((BM, BN), tl.int32)
         first = tl.program_id(1) * STEPS
         for tile in range(first, min(first + STEPS, tiles_of_rows)):
             row = tile * BM + tl.arange(0, BM)
             value = tl.load(g + row[:, None].to(tl.int64) * N + column[None, :]).to(tl.float32)
-            if RELU:
-                value = tl.where(value < 0, 0.0, value)
             largest = tl.maximum(largest, size_bits(value * tl.load(token_weight + row)[:, None]))
         tl.atomic_max(out + column, tl.max(largest, axis=0), sem="relaxed")
 
@@ -263,22 +326,22 @@ def _launch_rows_and_transpose(
     config = fitted(config, BM=rows, BN=segment_columns)
     byte_codes = codes.dtype != torch.bfloat16
     peak = quantizer_peak(codes.dtype) if byte_codes else 0.0
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[config["PACK"] * codes.itemsize]
     rows_and_transpose_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
         g.view(torch.int32 if g.dtype == torch.bfloat16 else torch.int64), row_max, column_max, token_weight, segment_units, seed, salt,
         codes.view(torch.int16 if byte_codes else torch.int32), row_unit,
-        codes_t.view(torch.int8 if byte_codes else torch.int16), column_unit, rows, columns, segment_columns,
+        codes_t.view(words), column_unit, rows, columns, segment_columns,
         CODE=tiles.TRITON_DTYPES[codes.dtype], PEAK=peak, enable_fp_fusion=False, **config,
     )  # fmt: skip
 
 
-def launch_column_max(g: Tensor, token_weight: Tensor, out: Tensor, relu: bool = False) -> None:
-    """`column_max` on the GPU, of any dtype g; with relu, of max(g, 0)."""
+def _launch_column_max(g: Tensor, token_weight: Tensor, out: Tensor) -> None:
     rows, columns = g.shape
     config = fitted(launch("column_max", tiles.capability(g.device)), BM=rows, BN=columns)
     row_tiles = rows // config["BM"]
     config["STEPS"] = tiles.steps_per_program(config["STEPS"], row_tiles, columns // config["BN"], g.device)
     column_max_kernel[(columns // config["BN"], triton.cdiv(row_tiles, config["STEPS"]))](
-        g, token_weight, out.view(torch.int32), columns, row_tiles, RELU=relu, enable_fp_fusion=False, **config
+        g, token_weight, out.view(torch.int32), columns, row_tiles, enable_fp_fusion=False, **config
     )
 
 
@@ -326,7 +389,7 @@ def rows_and_transpose(
 def column_max(g: Tensor, *, token_weight: Tensor, out: Tensor, backend: BackendName | None = None) -> None:
     """out[n] = max(out[n], max_t |g[t, n]| * token_weight[t]): the caller zeroes out. g: bf16 or fp32 [M, N]; fp32 [M]; fp32 [N]."""
     if choose(g.device, backend).name == "triton":
-        launch_column_max(g, token_weight, out)
+        _launch_column_max(g, token_weight, out)
         return
     ref_column_max(g, token_weight=token_weight, out=out)
 

@@ -2,9 +2,10 @@
 
 A normalised operand (`transpose_scaled`, optionally with the ReLU of it) is scaled token by token and requantised by column:
     codes_t[k, t] = nearest(x[t, k] * token_scale[t] / column_unit[k]),    column_unit[k] = max_t |x[t, k]| token_scale[t] / peak
-token_scale is the inverse of the weights that the gradient side was multiplied with (`balance.py`), so the two cancel in the product. bf16
-codes have unit 1. The products of gate and attention result (`transpose_products`) are made again with the codes of the forward pass: their
-gradient side has weight 1, so they need neither scale nor maxima.
+token_scale is the inverse of the weights that the gradient side was multiplied with (`balance.py`), so the two cancel in the product. The
+maxima come from a kernel that read x before (`matmul_dgrad.py`); bf16 codes have unit 1 and need none. The products of gate and attention
+result (`transpose_products`) are made again with the codes of the forward pass: their gradient side has weight 1, so they need neither
+scale nor maxima.
 
 Rows of the transposed products are in the canonical order of the combiner's columns: row h*512 + r*128 + z holds
 gate[h, z XOR r] * out[h, z], in natural channels z. (Gate and result come in blocked order, see tscale_fed/model/combiner.py; a transpose
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor
 
 from tscale_kernels import tiles
+from tscale_kernels.attention import product_step
 from tscale_kernels.codes import encode, vector_scale
 from tscale_kernels.dispatch import BackendName, choose, has_triton
 from tscale_kernels.launch_table import fitted, launch
-from tscale_kernels.quantize import launch_column_max
 
 _PEAK = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _SMALLEST_MAXIMUM = 1e-30
@@ -29,19 +30,28 @@ _REPLICAS, _BLOCK = 4, 32
 # -- reference ---------------------------------------------------------------------------------------------------------
 
 
-def ref_transpose_scaled(x: Tensor, *, token_scale: Tensor, relu: bool, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
+def ref_transpose_scaled(x: Tensor, *, token_scale: Tensor, relu: bool, column_max: Tensor, codes_t: Tensor, column_unit: Tensor) -> None:
     """See `transpose_scaled`."""
     numbers = torch.where(x.float() < 0, 0.0, x.float()) if relu else x.float()
-    _ref_transpose(numbers * token_scale[:, None], vector_scale(x.dtype), codes_t, column_max, column_unit)
+    scaled, scale = numbers * token_scale[:, None], vector_scale(x.dtype)
+    if codes_t.dtype == torch.bfloat16:
+        column_unit.fill_(1.0 / scale)
+        codes_t.copy_(scaled.T.to(torch.bfloat16))
+        return
+    peak = _PEAK[codes_t.dtype]
+    factor = torch.where(column_max > _SMALLEST_MAXIMUM, torch.full_like(column_max, peak) / column_max, 0.0)
+    column_unit.copy_(column_max / torch.full_like(column_max, peak * scale))
+    codes_t.copy_(encode(scaled * factor, codes_t.dtype).T)
 
 
-def ref_transpose_products(gate: Tensor, out: Tensor, *, codes_t: Tensor, column_unit: Tensor) -> None:
+def ref_transpose_products(gate: Tensor, out: Tensor, *, codes_t: Tensor, column_unit: Tensor, product_scale: float | None = None) -> None:
     """See `transpose_products`."""
     rows = gate.shape[0]
     gate_blocks = gate.float().view(rows, -1, _REPLICAS, 1, _BLOCK)
-    products = (gate_blocks * out.float().view(rows, -1, 1, _REPLICAS, _BLOCK)).flatten(1)  # [M, (h, i, j, m)]
+    step = product_step(gate.dtype, product_scale)
+    products = (gate_blocks * out.float().view(rows, -1, 1, _REPLICAS, _BLOCK) / step).flatten(1)  # [M, (h, i, j, m)]
     codes_t.copy_(encode(products.index_select(1, _kernel_columns(codes_t.shape[0], gate.device)), codes_t.dtype).T)
-    column_unit.fill_(1.0 / vector_scale(gate.dtype))
+    column_unit.fill_(step / vector_scale(gate.dtype))
 
 
 def _kernel_columns(columns: int, device: torch.device) -> Tensor:
@@ -52,22 +62,8 @@ def _kernel_columns(columns: int, device: torch.device) -> Tensor:
     return head * 512 + (replica ^ j) * 128 + j * 32 + m
 
 
-def _ref_transpose(scaled: Tensor, scale: float, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
-    """scaled [M, K]: numbers that are `scale` times the true ones."""
-    if codes_t.dtype == torch.bfloat16:
-        column_unit.fill_(1.0 / scale)
-        codes_t.copy_(scaled.T.to(torch.bfloat16))
-        return
-    peak = _PEAK[codes_t.dtype]
-    column_max.copy_(scaled.abs().amax(0))
-    factor = torch.where(column_max > _SMALLEST_MAXIMUM, torch.full_like(column_max, peak) / column_max, 0.0)
-    column_unit.copy_(column_max / torch.full_like(column_max, peak * scale))
-    codes_t.copy_(encode(scaled * factor, codes_t.dtype).T)
-
-
 # -- Triton ------------------------------------------------------------------------------------------------------------
-# `transpose_scaled` makes two passes: the column maxima, then the codes. Its tiles have the shape [R, BM / R, BN] with
-# token = R * second + first (see `quantize.py`).
+# Tiles of `transpose_scaled` have the shape [R, BM / R, BN] with token = R * second + first (see `quantize.py`).
 
 if has_triton():
     import triton
@@ -122,43 +118,45 @@ if has_triton():
         return first, second, small_to_float(tl.load(x + 2 * row_stride)), small_to_float(tl.load(x + 3 * row_stride))
 
     @triton.jit
-    def product_bits(a, b, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
-        """The code of a * b (fp32) as an integer: e4m3 and bf16 in the low bits; int8, plus 128, added to 0x4B400000."""
+    def product_bits(a, b, CODE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+        """The code of a * b (fp32) as an integer: e4m3 and bf16 in the low bits; int8, plus 128, added to 0x4B400000 (0x4BC00000)."""
         if CODE == tl.int8:
-            shifted = tl.fma(a, b, tl.full(a.shape, 12582912.0 + 128.0, tl.float32))  # see `attention.encode_product`
-            return tl.minimum(tl.maximum(shifted, 12582912.0), 12582912.0 + 255.0).to(tl.int32, bitcast=True)
+            zero: tl.constexpr = STEP * 12582912.0
+            shifted = tl.fma(a, b, tl.full(a.shape, zero + STEP * 128.0, tl.float32))  # see `attention.encode_product`
+            return tl.minimum(tl.maximum(shifted, zero), zero + STEP * 255.0).to(tl.int32, bitcast=True)
         elif CODE == tl.float8e4nv:
             return e4m3_bits(a * b)
         else:
             return (a * b).to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.int64)
 
     @triton.jit
-    def product_word(gate, out, CODE: tl.constexpr):  # type: ignore[no-untyped-def]
+    def product_word(gate, out, CODE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
         """Codes of four tokens' gate * out side by side, the first token lowest: int32, of bf16 int64. triton 3.6 exchanges single bytes
         between threads one by one, which takes longer than making them."""
-        first, second = product_bits(gate[0], out[0], CODE), product_bits(gate[1], out[1], CODE)
-        third, fourth = product_bits(gate[2], out[2], CODE), product_bits(gate[3], out[3], CODE)
+        first, second = product_bits(gate[0], out[0], CODE, STEP), product_bits(gate[1], out[1], CODE, STEP)
+        third, fourth = product_bits(gate[2], out[2], CODE, STEP), product_bits(gate[3], out[3], CODE, STEP)
         if CODE == tl.bfloat16:
             return first + (second << 16) + (third << 32) + (fourth << 48)
         word = first + second * 256 + (third + fourth * 256) * 65536
         if CODE == tl.int8:
-            word = (word + 0x74C00000) ^ -2139062144  # takes back four times 0x4B400000, and 128 from each byte
+            four: tl.constexpr = 0x0BC00000 if STEP == 2 else -0x74C00000  # modulo 2**32, 0x4BC00000 (0x4B400000) at each of four bytes
+            word = (word - four) ^ -2139062144  # and takes 128 back from each byte
         return word
 
     @triton.jit
     def store_words(  # type: ignore[no-untyped-def]
-        to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, words, CODE: tl.constexpr, BM: tl.constexpr
+        to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, words, CODE: tl.constexpr, STEP: tl.constexpr, BM: tl.constexpr
     ):
         """Codes of gate_j * out_j (four tokens each, [BM / 4, 32]) to rows 4m + j of the matrix [.., words] that begins at `to`."""
-        even = tl.join(product_word(gate0, out0, CODE), product_word(gate2, out2, CODE))
-        odd = tl.join(product_word(gate1, out1, CODE), product_word(gate3, out3, CODE))
+        even = tl.join(product_word(gate0, out0, CODE, STEP), product_word(gate2, out2, CODE, STEP))
+        odd = tl.join(product_word(gate1, out1, CODE, STEP), product_word(gate3, out3, CODE, STEP))
         transposed = tl.reshape(tl.permute(tl.join(even, odd), (1, 2, 3, 0)), (128, BM // 4))
         tl.store(to + tl.arange(0, 128).to(tl.int64)[:, None] * words + tl.arange(0, BM // 4)[None, :], transposed)
 
     @triton.jit
     def transpose_products_kernel(  # type: ignore[no-untyped-def]
         gate, out, codes_t, column_unit, M, N, unit,
-        CODE: tl.constexpr, BM: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
+        CODE: tl.constexpr, STEP: tl.constexpr, BM: tl.constexpr, CHANNELS: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
         """Program (h, j): the 512 products of a head in row tiles j * STEPS .. + STEPS. Every number is read once,
         CHANNELS neighbouring ones by a thread. codes_t: pointer to words of four codes."""
@@ -176,17 +174,14 @@ if has_triton():
             out0, out1 = four_tokens(out + at, N), four_tokens(out + at + 32, N)
             out2, out3 = four_tokens(out + at + 64, N), four_tokens(out + at + 96, N)
             to = codes_t + head.to(tl.int64) * 512 * words + tile * (BM // 4)
-            store_words(to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, words, CODE, BM)
-            store_words(to + 128 * words, gate1, gate0, gate3, gate2, out0, out1, out2, out3, words, CODE, BM)
-            store_words(to + 256 * words, gate2, gate3, gate0, gate1, out0, out1, out2, out3, words, CODE, BM)
-            store_words(to + 384 * words, gate3, gate2, gate1, gate0, out0, out1, out2, out3, words, CODE, BM)
+            store_words(to, gate0, gate1, gate2, gate3, out0, out1, out2, out3, words, CODE, STEP, BM)
+            store_words(to + 128 * words, gate1, gate0, gate3, gate2, out0, out1, out2, out3, words, CODE, STEP, BM)
+            store_words(to + 256 * words, gate2, gate3, gate0, gate1, out0, out1, out2, out3, words, CODE, STEP, BM)
+            store_words(to + 384 * words, gate3, gate2, gate1, gate0, out0, out1, out2, out3, words, CODE, STEP, BM)
 
 
-def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, column_max: Tensor, column_unit: Tensor) -> None:
+def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, column_max: Tensor, codes_t: Tensor, column_unit: Tensor) -> None:
     rows, columns = x.shape
-    if x.dtype != torch.bfloat16:
-        column_max.zero_()
-        launch_column_max(x, token_scale, column_max, relu)
     config = fitted(launch("transpose_scaled", tiles.capability(x.device), x.dtype), BM=rows, BN=columns)
     config["STEPS"] = tiles.steps_per_program(config["STEPS"], rows // config["BM"], columns // config["BN"], x.device)
     transpose_scaled_kernel[(columns // config["BN"], triton.cdiv(rows // config["BM"], config["STEPS"]))](
@@ -195,14 +190,15 @@ def _launch_scaled(x: Tensor, token_scale: Tensor, relu: bool, codes_t: Tensor, 
     )  # fmt: skip
 
 
-def _launch_products(gate: Tensor, out: Tensor, *, codes_t: Tensor, column_unit: Tensor) -> None:
+def _launch_products(gate: Tensor, out: Tensor, *, codes_t: Tensor, column_unit: Tensor, product_scale: float | None) -> None:
     rows, columns = gate.shape
     config = fitted(launch("transpose_products", tiles.capability(gate.device), gate.dtype), BM=rows)
+    step = product_step(gate.dtype, product_scale)
     heads, row_tiles = columns // (_REPLICAS * _BLOCK), rows // config["BM"]
     config["STEPS"] = tiles.steps_per_program(config["STEPS"], row_tiles, heads, gate.device)
     transpose_products_kernel[(heads, triton.cdiv(row_tiles, config["STEPS"]))](
         gate, out, codes_t.view(torch.int64 if gate.dtype == torch.bfloat16 else torch.int32), column_unit, rows, columns,
-        1.0 / vector_scale(gate.dtype), CODE=tiles.TRITON_DTYPES[gate.dtype], **config,
+        step / vector_scale(gate.dtype), CODE=tiles.TRITON_DTYPES[gate.dtype], STEP=step, **config,
     )  # fmt: skip
 
 
@@ -214,28 +210,37 @@ def transpose_scaled(
     *,
     token_scale: Tensor,
     relu: bool,
-    codes_t: Tensor,
     column_max: Tensor,
+    codes_t: Tensor,
     column_unit: Tensor,
     backend: BackendName | None = None,
 ) -> None:
     """Codes of x * token_scale by columns, transposed.
 
-    x: codes [M, K] whose values are code / vector_scale; relu: take max(x, 0). token_scale: fp32 [M], > 0.
-    Writes codes_t [K, M] of x's dtype and column_unit fp32 [K] (which includes 1 / vector_scale); column_max fp32 [K] is scratch.
-    M and K are multiples of 128.
+    x: codes [M, K] whose values are code / vector_scale; relu: take max(x, 0). token_scale: fp32 [M], > 0. column_max: fp32 [K], the
+    largest code times token_scale of each column (unused for bf16).
+    Writes codes_t [K, M] of x's dtype and column_unit fp32 [K] (which includes 1 / vector_scale). M and K are multiples of 128.
     """
     if choose(x.device, backend).name == "triton":
-        _launch_scaled(x, token_scale, relu, codes_t, column_max, column_unit)
+        _launch_scaled(x, token_scale, relu, column_max, codes_t, column_unit)
         return
-    ref_transpose_scaled(x, token_scale=token_scale, relu=relu, codes_t=codes_t, column_max=column_max, column_unit=column_unit)
+    ref_transpose_scaled(x, token_scale=token_scale, relu=relu, column_max=column_max, codes_t=codes_t, column_unit=column_unit)
 
 
-def transpose_products(gate: Tensor, out: Tensor, *, codes_t: Tensor, column_unit: Tensor, backend: BackendName | None = None) -> None:
-    """Codes nearest(gate * out), those of the forward pass, transposed, rows in the canonical order of combiner columns.
+def transpose_products(
+    gate: Tensor,
+    out: Tensor,
+    *,
+    codes_t: Tensor,
+    column_unit: Tensor,
+    product_scale: float | None = None,
+    backend: BackendName | None = None,
+) -> None:
+    """Codes of the products gate * out, those of the forward pass, transposed, rows in the canonical order of combiner columns.
 
     gate: codes [M, A] in blocked channel order; out: bf16 [M, A], the attention result in blocked order.
-    Writes codes_t [4A, M] of gate's dtype and column_unit fp32 [4A], 1 / vector_scale everywhere. M and A are multiples of 128.
+    Writes codes_t [4A, M] of gate's dtype and column_unit fp32 [4A], 1 / product_scale everywhere (None: the gate's scale; see `attend`).
+    M and A are multiples of 128.
     """
     run = _launch_products if choose(gate.device, backend).name == "triton" else ref_transpose_products
-    run(gate, out, codes_t=codes_t, column_unit=column_unit)
+    run(gate, out, codes_t=codes_t, column_unit=column_unit, product_scale=product_scale)

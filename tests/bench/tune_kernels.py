@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/kernels"), *(str(ROOT / room) for room in ("net", "kernels", "peers"))]
 
 import torch  # noqa: E402
-from case_protocol import FULL, SMALL, Case, Setting, Tensors, as_bits, relative_error  # noqa: E402
+from case_protocol import FULL, SMALL, Case, Setting, Tensors, as_bits, relative_error, replaced_row  # noqa: E402
 from run_cases import Builder, found_modules, lacks_fp8, load_cases, short_traceback  # noqa: E402
 
 from tscale_fed.bench.kernel_timing import rotations, time_calls  # noqa: E402
@@ -89,21 +89,6 @@ def looked_up() -> Iterator[list[tuple[str, int, Any]]]:
     launch_table._row = row  # type: ignore[assignment]
     try:
         yield found
-    finally:
-        launch_table._row = original
-
-
-@contextmanager
-def replaced_row(op: str, config: Config) -> Iterator[None]:
-    """The launch table with other values in the rows of one operation; keys that the configuration leaves out stay."""
-    original = launch_table._row
-
-    def row(name: str, arch: int, code: Any) -> Config:
-        return {**original(name, arch, code), **(config if name == op else {})}
-
-    launch_table._row = row  # type: ignore[assignment]
-    try:
-        yield
     finally:
         launch_table._row = original
 

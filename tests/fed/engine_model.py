@@ -19,7 +19,7 @@ from tscale_fed.model.attention import attention_ref, document_numbers
 from tscale_fed.model.combiner import combine_ref
 from tscale_fed.model.forward import Model
 from tscale_fed.model.normalise import normalise_ref
-from tscale_kernels.codes import encode, vector_scale, weight_scale
+from tscale_kernels.codes import encode, product_scale, vector_scale, weight_scale
 from tscale_kernels.matmul_norm import ref_keep_sign
 
 
@@ -27,9 +27,9 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
-def coded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as codes of unit-RMS vectors hold it."""
-    scale = vector_scale(dtype)
+def coded(x: Tensor, dtype: torch.dtype, scale: float | None = None) -> Tensor:
+    """x as codes hold it; `scale` (of unit-RMS vectors) is the code of 1."""
+    scale = vector_scale(dtype) if scale is None else scale
     return straight_through(x, encode((x * scale).float(), dtype).to(x.dtype) / scale)
 
 
@@ -64,7 +64,7 @@ def rounded_loss(model: Model, batch: StepBatch, doc_start_token: int | None, pr
         gate = coded(heads(normalise_ref(linear(n, layer + "gate"))), code)
         value = coded(heads(normalise_ref(linear(n, layer + "value"))), precision.value_code)
         attended = coded(attention_ref(query, key, value, width, slope, document), torch.bfloat16)
-        x = x + linear(coded(combine_ref(gate, attended), code), layer + "combiner")
+        x = x + linear(coded(combine_ref(gate, attended), code, product_scale(code, width, slope)), layer + "combiner")
         wide = normalise_ref(linear(coded(normalise_ref(x), code), layer + "ffn_up"))
         if code == torch.int8:
             wide = wide + (ref_keep_sign(wide * vector_scale(code)) / vector_scale(code) - wide).detach()

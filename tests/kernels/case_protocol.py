@@ -36,14 +36,15 @@ Rules
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from tscale_kernels import codes
+from tscale_kernels import codes, launch_table
 from tscale_kernels.dispatch import BackendName
 from tscale_kernels.testing import poisoned
 
@@ -222,6 +223,21 @@ class Setting:
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Scratch that the caller of an op zeroes."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
+
+
+@contextmanager
+def replaced_row(op: str, config: Mapping[str, int]) -> Iterator[None]:
+    """The launch table with other values in the rows of one operation; keys that the configuration leaves out stay."""
+    original = launch_table._row
+
+    def row(name: str, arch: int, code: torch.dtype | None) -> launch_table.Config:
+        return {**original(name, arch, code), **(config if name == op else {})}
+
+    launch_table._row = row  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        launch_table._row = original
 
 
 def compare(name: str, got: Tensor, want: Tensor, limit: Limit) -> tuple[bool, str]:

@@ -81,13 +81,14 @@ def fp64_codes(x: Tensor) -> Tensor:
     return x.double() * (codes.vector_scale(torch.float64) / codes.vector_scale(x.dtype))
 
 
-def make_inputs(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype) -> Inputs:
+def make_inputs(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype, gate_code: torch.dtype) -> Inputs:
     s = setting.sizes
     query, key = (setting.vector_codes(s.rows, s.attention_width, code) for _ in range(2))
     rms = setting.uniform((4 * s.heads, s.rows), 0.3, 3.0)
     rms[:, s.fragments * s.tokens :] = 0
     return Inputs(
-        query, key, setting.vector_codes(s.rows, s.attention_width, value_code), rms, setting.vector_codes(s.rows, s.attention_width, code),
+        query, key, setting.vector_codes(s.rows, s.attention_width, value_code), rms,
+        setting.vector_codes(s.rows, s.attention_width, gate_code),
         *setting.rotary(), setting.document_start() if kind.documents else None,
     )  # fmt: skip
 
@@ -100,11 +101,12 @@ def size_of(s: Sizes, width: int, part: str) -> AttentionSize:
     return AttentionSize(s.fragments, s.heads, s.tokens, width, "forward" if part == "forward" else "backward")
 
 
-def forward(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype) -> Case:
+def forward(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype, gate_code: torch.dtype) -> Case:
     setting = sized(setting, kind)
-    s, i = setting.sizes, make_inputs(setting, kind, code, value_code)
+    s, i = setting.sizes, make_inputs(setting, kind, code, value_code, gate_code)
     width = kind.width(s)
     layer = {"tokens": s.tokens, "width": width, "slope": kind.slope, "document_start": i.document_start}
+    scale = codes.product_scale(gate_code, width, kind.slope)
 
     def exact() -> Tensors:
         out = {"out": (s.rows, s.attention_width), "log_sum": (s.heads, s.rows), "products": (s.rows, 4 * s.attention_width)}
@@ -113,13 +115,13 @@ def forward(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.d
         return results
 
     return Case(
-        outputs=lambda: forward_outputs(setting, code) | {"log_sum": setting.poisoned((s.heads, s.rows), torch.float32)},
-        run=lambda out, backend: attend(*i.forward, **layer, **out, backend=backend),
+        outputs=lambda: forward_outputs(setting, gate_code) | {"log_sum": setting.poisoned((s.heads, s.rows), torch.float32)},
+        run=lambda out, backend: attend(*i.forward, **layer, **out, product_scale=scale, backend=backend),
         limits={"out": ROUNDED, "log_sum": LOG_SUM[code], "products": ROUNDED_CODES},
         exact=exact,
         exact_limits={"out": ROUNDED, "log_sum": LOG_SUM[code]},
         attention=size_of(s, width, "forward"),
-        bytes_moved=nbytes(*i.forward[:3], i.gate) + nbytes(*forward_outputs(setting, code).values()),
+        bytes_moved=nbytes(*i.forward[:3], i.gate) + nbytes(*forward_outputs(setting, gate_code).values()),
         timed=not kind.odd,
     )
 
@@ -132,10 +134,11 @@ def forward_outputs(setting: Setting, code: torch.dtype) -> Tensors:
     }
 
 
-def forward_width1(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype) -> Case:
+def forward_width1(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype, gate_code: torch.dtype) -> Case:
     setting = sized(setting, kind)
-    s, i = setting.sizes, make_inputs(setting, kind, code, value_code)
+    s, i = setting.sizes, make_inputs(setting, kind, code, value_code, gate_code)
     layer = {"tokens": s.tokens, "slope": kind.slope, "document_start": i.document_start}
+    scale = codes.product_scale(gate_code, 1, kind.slope)
 
     def exact() -> Tensors:
         results = {"out": setting.zeros((s.rows, s.attention_width), torch.float64)}
@@ -143,12 +146,12 @@ def forward_width1(setting: Setting, kind: Kind, code: torch.dtype, value_code: 
         return results
 
     return Case(
-        outputs=lambda: forward_outputs(setting, code),
-        run=lambda out, backend: attend_width1(*i.forward, **layer, **out, backend=backend),
+        outputs=lambda: forward_outputs(setting, gate_code),
+        run=lambda out, backend: attend_width1(*i.forward, **layer, **out, product_scale=scale, backend=backend),
         limits={"out": 1e-4, "products": 5e-3},
         exact=exact,
         exact_limits={"out": ROUNDED},
-        bytes_moved=nbytes(*i.forward[:3], i.gate) + nbytes(*forward_outputs(setting, code).values()),
+        bytes_moved=nbytes(*i.forward[:3], i.gate) + nbytes(*forward_outputs(setting, gate_code).values()),
         timed=not kind.odd,
     )
 
@@ -181,12 +184,12 @@ def exact_store(setting: Setting, units: Tensor, weight: Tensor) -> tuple[Tensor
     return results, SegmentStore(units.double(), weight.double(), *results.values())
 
 
-def backward(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype) -> Case:
+def backward(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype, gate_code: torch.dtype) -> Case:
     setting = sized(setting, kind)
-    s, i = setting.sizes, make_inputs(setting, kind, code, value_code)
+    s, i = setting.sizes, make_inputs(setting, kind, code, value_code, gate_code)
     width, (units, weight) = kind.width(s), statistics(setting)
     layer = {"tokens": s.tokens, "width": width, "slope": kind.slope, "document_start": i.document_start}
-    seen = forward_outputs(setting, code) | {"log_sum": setting.zeros((s.heads, s.rows))}
+    seen = forward_outputs(setting, gate_code) | {"log_sum": setting.zeros((s.heads, s.rows))}
     attend(*i.forward, **layer, **seen, backend="ref")
     d_out = setting.gradients(s.rows, s.attention_width)
     delta = (seen["out"].float() * d_out.float()).unflatten(1, (-1, 128)).sum(2).T.contiguous()
@@ -216,9 +219,9 @@ def backward(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.
     )
 
 
-def backward_width1(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype) -> Case:
+def backward_width1(setting: Setting, kind: Kind, code: torch.dtype, value_code: torch.dtype, gate_code: torch.dtype) -> Case:
     setting = sized(setting, kind)
-    s, i = setting.sizes, make_inputs(setting, kind, code, value_code)
+    s, i = setting.sizes, make_inputs(setting, kind, code, value_code, gate_code)
     units, weight = statistics(setting)
     d_out = setting.gradients(s.rows, s.attention_width)
     given = {"cosine": i.cosine, "sine": i.sine, "tokens": s.tokens, "slope": kind.slope, "document_start": i.document_start}
@@ -284,16 +287,21 @@ def nbytes(*tensors: Tensor) -> int:
     return sum(math.prod(x.shape) * x.element_size() for x in tensors)
 
 
-DTYPES = {"int8": ("int8", "bf16"), "e4m3": ("e4m3", "e4m3"), "bf16": ("bf16", "bf16")}
-"""Name -> code of query, key, gate and products; code of value."""
+DTYPES = {
+    "int8": ("int8", "bf16", "int8"),
+    "e4m3": ("e4m3", "e4m3", "e4m3"),
+    "bf16": ("bf16", "bf16", "bf16"),
+    "bf16 gate int8": ("bf16", "bf16", "int8"),
+}
+"""Name -> codes of query and key; of value; of gate and products. The last row is what int8 training does unless told otherwise."""
 
 
 def _attention(op: str, build: Callable[..., Case], kinds: tuple[str, ...]) -> dict[str, Callable[[Setting], Case]]:
     names = {" ".join(filter(None, (op, kind, dtype))): (kind, dtype) for kind in kinds for dtype in DTYPES}
     return {
-        name: partial(build, kind=KINDS[kind], code=CODES[DTYPES[dtype][0]], value_code=CODES[DTYPES[dtype][1]])
+        name: partial(build, kind=KINDS[kind], **dict(zip(("code", "value_code", "gate_code"), map(CODES.get, DTYPES[dtype]), strict=True)))
         for name, (kind, dtype) in names.items()
-        if not kind or kind == "local" or dtype == "int8"
+        if (not kind or kind == "local" or dtype == "int8") and not (dtype == "bf16 gate int8" and "backward" in op)
     }
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from case_protocol import CODES, Case, CodeLimit, Setting, Tensors
+from case_protocol import CODES, Case, CodeLimit, Setting, Tensors, replaced_row
 from torch import Tensor
 
 from tscale_kernels import balance, matmul_dgrad, quantize, transpose
 from tscale_kernels.codes import encode, gradient_peak, vector_scale, weight_scale
+from tscale_kernels.dispatch import BackendName
 
 SALT = 2_654_435_769
 
@@ -71,6 +72,16 @@ def rows_and_transpose(setting: Setting, code: torch.dtype, columns: int, dtype:
     )
 
 
+def packed(case: Case) -> Case:
+    """The same with words of four tokens exchanged between threads, whichever form the launch table asks for."""
+
+    def run(out: Tensors, backend: BackendName) -> None:
+        with replaced_row("rows_and_transpose", {"PACK": 4, "BN": 64}):
+            case.run(out, backend)
+
+    return replace(case, run=run, timed=False)
+
+
 def column_max(setting: Setting, dtype: torch.dtype) -> Case:
     rows, columns = setting.sizes.rows, setting.sizes.width
     g, weight = setting.gradients(rows, columns, dtype), setting.uniform((rows,), 0.5, 50.0)
@@ -97,7 +108,6 @@ def row_max(setting: Setting, dtype: torch.dtype, segments: int) -> Case:
 def transpose_outputs(setting: Setting, code: torch.dtype, columns: int) -> Tensors:
     return {
         "codes_t": setting.poisoned((columns, setting.sizes.rows), code),
-        "column_max": setting.poisoned((columns,), torch.float32),
         "column_unit": setting.poisoned((columns,), torch.float32),
     }
 
@@ -106,23 +116,26 @@ def transpose_scaled(setting: Setting, code: torch.dtype, relu: bool) -> Case:
     rows, columns = setting.sizes.rows, setting.sizes.ffn_width if relu else setting.sizes.width
     x, scale = setting.vector_codes(rows, columns, code), setting.uniform((rows,), 1e-4, 1e-2)
     x[:, 7] = 0
-    passes = 1 if code == torch.bfloat16 else 2
+    column_max = setting.zeros((columns,))
+    quantize.column_max(x.float().relu() if relu else x.float(), token_weight=scale, out=column_max, backend="ref")
     return Case(
         outputs=lambda: transpose_outputs(setting, code, columns),
-        run=lambda out, backend: transpose.transpose_scaled(x, token_scale=scale, relu=relu, backend=backend, **out),
+        run=lambda out, backend: transpose.transpose_scaled(x, token_scale=scale, relu=relu, column_max=column_max, backend=backend, **out),
         limits={"codes_t": 0, "column_unit": 0},
-        bytes_moved=rows * columns * code.itemsize * (passes + 1),
+        bytes_moved=rows * columns * code.itemsize * 2,
     )
 
 
-def transpose_products(setting: Setting, code: torch.dtype) -> Case:
-    """As the engine calls it; some products are larger than the largest code, some lie between two codes."""
+def transpose_products(setting: Setting, code: torch.dtype, step: int = 1) -> Case:
+    """As the engine calls it, scale of the gate over step; some products are larger than the largest code, some lie between two codes."""
     rows, columns = setting.sizes.rows, setting.sizes.attention_width
     gate, attended = setting.vector_codes(rows, columns, code), setting.normal((rows, columns), torch.bfloat16, 1.5)
     attended[1::5] = 0.5
     return Case(
-        outputs=lambda: {name: x for name, x in transpose_outputs(setting, code, 4 * columns).items() if name != "column_max"},
-        run=lambda out, backend: transpose.transpose_products(gate, attended, backend=backend, **out),
+        outputs=lambda: transpose_outputs(setting, code, 4 * columns),
+        run=lambda out, backend: transpose.transpose_products(
+            gate, attended, product_scale=vector_scale(code) / step, backend=backend, **out
+        ),
         limits={"codes_t": 0, "column_unit": 0},
         bytes_moved=rows * columns * (2 + 5 * code.itemsize),
     )
@@ -142,9 +155,14 @@ class Backwards:
     normalised: Tensor
     rms: Tensor
     token_weight: Tensor
+    inverse: Tensor
 
     def product(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.g, self.row_unit, self.w_t, self.unit
+
+    def input_scale(self) -> Tensor | None:
+        """As the engine: with bf16 codes nobody asks for maxima of the input."""
+        return None if self.g.dtype == torch.bfloat16 else self.inverse
 
     def exact(self) -> Tensor:
         """fp64."""
@@ -159,6 +177,14 @@ class Backwards:
         return ((groups - y * (y * groups).mean(-1, keepdim=True)) * inverse).flatten(1)
 
 
+def input_maxima(setting: Setting, code: torch.dtype, columns: int) -> Tensors:
+    return {} if code == torch.bfloat16 else {"input_max": setting.zeros((columns,))}
+
+
+def input_limits(code: torch.dtype) -> dict[str, float]:
+    return {} if code == torch.bfloat16 else {"input_max": 0}
+
+
 def backwards(setting: Setting, code: torch.dtype, columns: int, depth: int) -> Backwards:
     rows = setting.sizes.rows
     scale = gradient_peak(code) / 4 / weight_scale(code)
@@ -167,6 +193,7 @@ def backwards(setting: Setting, code: torch.dtype, columns: int, depth: int) -> 
     w_t, unit = setting.weights(columns, depth, code)
     rms = setting.uniform((columns // 128, rows), 0.2, 2.0)
     rms[0, ::7] = 0
+    token_weight = setting.uniform((rows,), 1.0, 50.0)
     return Backwards(
         g,
         setting.uniform((rows,), 0.0, 1e-5),
@@ -174,7 +201,8 @@ def backwards(setting: Setting, code: torch.dtype, columns: int, depth: int) -> 
         unit,
         setting.vector_codes(rows, columns, code),
         rms,
-        setting.uniform((rows,), 1.0, 50.0),
+        token_weight,
+        1.0 / token_weight,
     )
 
 
@@ -213,15 +241,18 @@ def through_relu_norm(setting: Setting, code: torch.dtype) -> Case:
     rows, depth, columns = setting.sizes.rows, setting.sizes.width, setting.sizes.ffn_width
     b = backwards(setting, code, columns, depth)
     return Case(
-        outputs=lambda: {
-            "out": setting.poisoned((rows, columns), torch.bfloat16),
-            "row_max": setting.zeros((rows,)),
-            "column_max": setting.zeros((columns,)),
-        },
-        run=lambda out, backend: matmul_dgrad.through_relu_norm(
-            *b.product(), hidden=b.normalised, rms=b.rms, token_weight=b.token_weight, backend=backend, **out
+        outputs=lambda: (
+            {
+                "out": setting.poisoned((rows, columns), torch.bfloat16),
+                "row_max": setting.zeros((rows,)),
+                "column_max": setting.zeros((columns,)),
+            }
+            | input_maxima(setting, code, columns)
         ),
-        limits={"out": 1e-3, "row_max": 1e-3, "column_max": 1e-3},
+        run=lambda out, backend: matmul_dgrad.through_relu_norm(
+            *b.product(), hidden=b.normalised, rms=b.rms, token_weight=b.token_weight, input_scale=b.input_scale(), backend=backend, **out
+        ),
+        limits={"out": 1e-3, "row_max": 1e-3, "column_max": 1e-3} | input_limits(code),
         exact=lambda: {"out": b.exact_through_norm(torch.where(b.normalised.double() >= 0, b.exact(), 0.0))},
         exact_limits={"out": 4e-3},
         matmul=(rows, columns, depth),
@@ -234,11 +265,15 @@ def through_norm_add(setting: Setting, code: torch.dtype, depth: int, stream: to
     b = backwards(setting, code, columns, depth)
     dx = setting.gradients(rows, columns, stream)
     return Case(
-        outputs=lambda: {"dx": dx.clone(), "row_max": setting.zeros((rows,)), "column_max": setting.zeros((columns,))},
-        run=lambda out, backend: matmul_dgrad.through_norm_add(
-            *b.product(), n=b.normalised, rms=b.rms, token_weight=b.token_weight, backend=backend, **out
+        outputs=lambda: (
+            {"dx": dx.clone(), "row_max": setting.zeros((rows,)), "column_max": setting.zeros((columns,))}
+            | input_maxima(setting, code, columns)
         ),
-        limits={name: 1e-3 if stream == torch.bfloat16 else product_limit(code) or 1e-6 for name in ("dx", "row_max", "column_max")},
+        run=lambda out, backend: matmul_dgrad.through_norm_add(
+            *b.product(), n=b.normalised, rms=b.rms, token_weight=b.token_weight, input_scale=b.input_scale(), backend=backend, **out
+        ),
+        limits={name: 1e-3 if stream == torch.bfloat16 else product_limit(code) or 1e-6 for name in ("dx", "row_max", "column_max")}
+        | input_limits(code),
         exact=lambda: {"dx": dx.double() + b.exact_through_norm(b.exact())},
         exact_limits={"dx": 4e-3},
         matmul=(rows, columns, depth),
@@ -280,7 +315,9 @@ def _add_quantisers(name: str, code: torch.dtype) -> None:
     CASES[f"through_norm_add {name} joined"] = lambda setting: through_norm_add(setting, code, 4 * setting.sizes.attention_width)
     CASES[f"through_norm_add {name} bf16 stream"] = lambda setting: through_norm_add(setting, code, setting.sizes.ffn_width, torch.bfloat16)
     CASES.update({f"rows_and_transpose {name} {what.__name__}": what for what in (stream, up, joined)})
+    CASES[f"rows_and_transpose {name} joined packed"] = lambda setting: packed(joined(setting))
 
 
 for _name, _code in CODES.items():
     _add_quantisers(_name, _code)
+CASES["transpose_products int8 halved"] = partial(transpose_products, code=torch.int8, step=2)

@@ -50,7 +50,8 @@ class Quantised:
 def weight_gradient_of(g: Tensor, x: Tensor, code: torch.dtype, seed: int = 1) -> Tensor:
     """g [M, N]; x: codes [M, K] -> [N, K]."""
     q, inputs = Quantised(g, code, seed), x.shape[1]
-    x_t, column_max, column_unit = poisoned((inputs, x.shape[0]), code), torch.empty(inputs), torch.empty(inputs)
+    x_t, column_max, column_unit = poisoned((inputs, x.shape[0]), code), torch.zeros(inputs), torch.empty(inputs)
+    quantize.column_max(x.float(), token_weight=q.inverse, out=column_max)
     transpose.transpose_scaled(x, token_scale=q.inverse, relu=False, codes_t=x_t, column_max=column_max, column_unit=column_unit)
     grad = poisoned((g.shape[1], inputs), torch.float32)
     matmul_wgrad.weight_gradient(
@@ -198,7 +199,8 @@ def test_weights_are_the_inverse_root_of_the_scale_but_not_below_the_mean() -> N
     assert_close("weight", weight * inverse, torch.ones(128), 1e-7)
 
 
-def test_products_are_transposed_in_the_order_of_the_combiner() -> None:
+@pytest.mark.parametrize("step", [1, 2])
+def test_products_are_transposed_in_the_order_of_the_combiner(step: int) -> None:
     heads, rows = 2, 128
     width, generator = 128 * heads, generator_of(8)
     gate = encode(torch.randn(rows, width, generator=generator) * 24, INT8)
@@ -206,11 +208,11 @@ def test_products_are_transposed_in_the_order_of_the_combiner() -> None:
     blocked = blocked_channels(heads)
     codes_t, column_unit = poisoned((4 * width, rows), INT8), torch.empty(4 * width)
     gate_input, out_input = gate[:, blocked].contiguous(), out[:, blocked].contiguous()
-    transpose.transpose_products(gate_input, out_input, codes_t=codes_t, column_unit=column_unit)
+    transpose.transpose_products(gate_input, out_input, codes_t=codes_t, column_unit=column_unit, product_scale=24 / step)
     shape = (1, rows, heads, 128)
-    want = encode(combine_ref(gate.float().view(shape), out.float().view(shape))[0], INT8)
+    want = encode(combine_ref(gate.float().view(shape), out.float().view(shape))[0] / step, INT8)
     assert_same_bits("products", codes_t.T.contiguous(), want)
-    assert_same_bits("units", column_unit, torch.full((4 * width,), 1 / 24))
+    assert_same_bits("units", column_unit, torch.full((4 * width,), step / 24))
 
 
 # -- data gradients ----------------------------------------------------------------------------------------------------
@@ -246,11 +248,14 @@ def test_maxima_are_raised_never_lowered() -> None:
     codes = encode(torch.randn(128, 128, generator=generator) * 24, INT8)
     weight = torch.rand(128, generator=generator) + 0.5
     dx = torch.randn(128, 128, generator=generator)
-    row_max, column_max = torch.zeros(128), torch.full((128,), 1e9)
+    row_max, column_max, input_max = torch.zeros(128), torch.full((128,), 1e9), torch.full((128,), 1e-3)
+    input_max[5] = 1e9
     matmul_dgrad.through_norm_add(
         g, torch.full((128,), 1e-3), g, torch.ones(1), n=codes, rms=torch.ones(1, 128), token_weight=weight, dx=dx, row_max=row_max,
-        column_max=column_max,
+        column_max=column_max, input_scale=1 / weight, input_max=input_max,
     )  # fmt: skip
+    want = (codes.float().abs() * (1 / weight)[:, None]).amax(0)
+    assert_same_bits("input maxima", input_max, want.index_fill(0, torch.tensor([5]), 1e9))
     assert_same_bits("row maxima", row_max, dx.abs().amax(1))
     assert_same_bits("column maxima", column_max, torch.full((128,), 1e9))
 

@@ -19,13 +19,13 @@ from tscale_fed.model.constants import HEAD_CHANNELS
 from tscale_fed.model.normalise import normalise_ref
 from tscale_fed.model.rotary import rotary_table, rotate
 from tscale_fed.model.shape import ModelShape
-from tscale_kernels.codes import encode, vector_scale
+from tscale_kernels.codes import encode, product_scale, vector_scale
 from tscale_kernels.matmul_norm import ref_keep_sign
 
 
-def rounded(x: Tensor, code: torch.dtype) -> Tensor:
-    """Values that the codes of x stand for; the gradient passes."""
-    scale = vector_scale(code)
+def rounded(x: Tensor, code: torch.dtype, scale: float | None = None) -> Tensor:
+    """Values that the codes of x stand for, `scale` (of vectors) the code of 1; the gradient passes."""
+    scale = vector_scale(code) if scale is None else scale
     with torch.no_grad():
         values = encode(x.float() * scale, code).to(x.dtype) / scale
     return x + (values - x).detach()
@@ -56,7 +56,7 @@ def _layer(x: Tensor, weights: Mapping[str, Tensor], kind: tuple[int, float], ta
     key = rounded(rotate(normalise_ref(key), *table), score) * key.square().mean(-1, keepdim=True).sqrt()
     attended = rounded(attention_ref(query, key, rounded(normalise_ref(value), precision.value_code), *kind), torch.bfloat16)
     products = combine_ref(rounded(normalise_ref(gate), code), attended)
-    x = x + _linear(rounded(products, code), weights["combiner"])
+    x = x + _linear(rounded(products, code, product_scale(code, *kind)), weights["combiner"])
     wide = normalise_ref(_linear(rounded(normalise_ref(x), code), weights["ffn_up"]))
     if code == torch.int8:
         wide = wide + (ref_keep_sign(wide * vector_scale(code)) / vector_scale(code) - wide).detach()

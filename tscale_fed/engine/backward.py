@@ -3,10 +3,11 @@
     head -> through the last normalisation -> per layer from the top: ffn_down, ffn_up, combiner, attention, projection -> embedding
 Each of these makes two products from codes of its gradient: the data gradient, whose epilogue goes on through what stood before the
 matrix, and the weight gradient. Codes of a gradient need its largest magnitudes per token and per channel; the kernel that writes a
-gradient finds them (`buffers.LayerStats`, zeroed all at once). The channel maxima are of the gradient times the token weights known then
-(`balance.py`), so both sides of a weight gradient use that same set: `old` for the gradient that comes from the layer above, `new` for the
-others of a layer. The combiner's has no weights (ones): its inputs differ in size from token to token, which makes the plain split better
-there (at width 1280 an error of 0.8 % instead of 1.2 %), and the codes of the forward pass serve as its inputs' codes.
+gradient finds them (`buffers.LayerStats`, zeroed all at once), and the kernel of the data gradient those of the weight gradient's input.
+The channel maxima are of the gradient times the token weights known then (`balance.py`), so both sides of a weight gradient use that same
+set: `old` for the gradient that comes from the layer above, `new` for the others of a layer. The combiner's has no weights (ones): its
+inputs differ in size from token to token, which makes the plain split better there (at width 1280 an error of 0.8 % instead of 1.2 %), and
+the codes of the forward pass serve as its inputs' codes.
 """
 
 from __future__ import annotations
@@ -106,16 +107,18 @@ def _feed_forward(work: BackwardWork, layer: int) -> None:
     codes, codes_t = _quantise(work, layer, b.dx, stats.into_down, b.token_weight[old], DOWN_SALT)
     through_relu_norm(
         codes, b.row_unit, matrices.ffn_down.transposed, matrices.ffn_down.units, hidden=b.hidden[slot], rms=b.hidden_rms[slot],
-        token_weight=b.token_weight[new], out=d_hidden, row_max=stats.hidden.row_max, column_max=stats.hidden.column_max, backend=backend,
+        token_weight=b.token_weight[new], out=d_hidden, row_max=stats.hidden.row_max, column_max=stats.hidden.column_max,
+        input_scale=_input_scale(work, old), input_max=stats.active, backend=backend,
     )  # fmt: skip
-    _weight_gradient(work, codes_t, _transpose(work, b.hidden[slot], old, relu=True), gradients.ffn_down)
+    _weight_gradient(work, codes_t, _transpose(work, b.hidden[slot], old, stats.active, relu=True), gradients.ffn_down)
 
     codes, codes_t = _quantise(work, layer, d_hidden, stats.hidden, b.token_weight[new], UP_SALT)
     through_norm_add(
         codes, b.row_unit, matrices.ffn_up.transposed, matrices.ffn_up.units, n=ffn_input, rms=b.ffn_input_rms[layer],
-        token_weight=b.ones, dx=b.dx, row_max=stats.into_combiner.row_max, column_max=stats.into_combiner.column_max, backend=backend,
+        token_weight=b.ones, dx=b.dx, row_max=stats.into_combiner.row_max, column_max=stats.into_combiner.column_max,
+        input_scale=_input_scale(work, new), input_max=stats.ffn_input, backend=backend,
     )  # fmt: skip
-    _weight_gradient(work, codes_t, _transpose(work, ffn_input, new), gradients.ffn_up)
+    _weight_gradient(work, codes_t, _transpose(work, ffn_input, new, stats.ffn_input), gradients.ffn_up)
 
 
 def _combiner(work: BackwardWork, layer: int) -> None:
@@ -130,8 +133,9 @@ def _combiner(work: BackwardWork, layer: int) -> None:
     codes, codes_t = _quantise(work, layer, b.dx, stats.into_combiner, b.ones, COMBINER_SALT)
     to_input(codes, b.row_unit, matrix.transposed, matrix.units, out=d_products, out_unit=d_unit, backend=backend)
     transpose_products(
-        b.gate[slot], b.attended[slot], codes_t=products_t, column_unit=b.state_column_unit[:columns], backend=backend
-    )
+        b.gate[slot], b.attended[slot], codes_t=products_t, column_unit=b.state_column_unit[:columns],
+        product_scale=forward.product_scale(layer), backend=backend,
+    )  # fmt: skip
     _weight_gradient(work, codes_t, products_t, work.gradients.layers[layer].combiner)
 
     width, _ = forward.sizes.shape.layers()[layer]
@@ -170,9 +174,11 @@ def _projection(work: BackwardWork, layer: int) -> None:
     codes, codes_t = _quantise(work, layer, b.d_projected, stats.projected, b.token_weight[new], PROJECTION_SALT, matrix.units)
     through_norm_add(
         codes, b.row_unit, matrix.transposed, b.ones[:1], n=b.attention_input[layer], rms=b.attention_input_rms[layer],
-        token_weight=b.token_weight[new], dx=b.dx, row_max=below.row_max, column_max=below.column_max, backend=forward.backend,
+        token_weight=b.token_weight[new], dx=b.dx, row_max=below.row_max, column_max=below.column_max,
+        input_scale=_input_scale(work, new), input_max=stats.attention_input, backend=forward.backend,
     )  # fmt: skip
-    _weight_gradient(work, codes_t, _transpose(work, b.attention_input[layer], new), work.gradients.layers[layer].projection)
+    inputs = _transpose(work, b.attention_input[layer], new, stats.attention_input)
+    _weight_gradient(work, codes_t, inputs, work.gradients.layers[layer].projection)
 
 
 # -- pieces ------------------------------------------------------------------------------------------------------------
@@ -192,12 +198,18 @@ def _quantise(
     return codes, codes_t
 
 
-def _transpose(work: BackwardWork, x: Tensor, weights: int, relu: bool = False) -> Tensor:
+def _input_scale(work: BackwardWork, weights: int) -> Tensor | None:
+    """What inputs of a weight gradient are multiplied by before their maxima are taken; None for bf16 codes, which need no maxima."""
+    sizes = work.forward.sizes
+    return None if sizes.precision.name == "bfloat16" else work.forward.buffers.token_weight_inverse[weights]
+
+
+def _transpose(work: BackwardWork, x: Tensor, weights: int, column_max: Tensor, relu: bool = False) -> Tensor:
     """The input side of a weight gradient, [K, M] in `wide_codes`; its units are in `state_column_unit`."""
     b, (rows, columns) = work.forward.buffers, x.shape
     codes_t = b.codes(b.wide_codes, columns, rows)
     transpose_scaled(
-        x, token_scale=b.token_weight_inverse[weights], relu=relu, codes_t=codes_t, column_max=b.state_column_max[:columns],
+        x, token_scale=b.token_weight_inverse[weights], relu=relu, column_max=column_max, codes_t=codes_t,
         column_unit=b.state_column_unit[:columns], backend=work.forward.backend,
     )  # fmt: skip
     return codes_t

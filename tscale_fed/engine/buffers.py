@@ -35,7 +35,8 @@ class GradientStats(NamedTuple):
 
 
 class LayerStats(NamedTuple):
-    """The four gradients of a layer that are quantised, in the order of the backward pass."""
+    """The four gradients of a layer that are quantised, in the order of the backward pass; then the largest codes of each channel, times
+    inverse token weights, of the three inputs that are quantised anew for a weight gradient."""
 
     into_down: GradientStats
     """dx as it comes from above."""
@@ -43,6 +44,12 @@ class LayerStats(NamedTuple):
     into_combiner: GradientStats
     """dx with the feed-forward step's part."""
     projected: GradientStats
+    active: Tensor
+    """fp32 [F]: ffn_down's input."""
+    ffn_input: Tensor
+    """fp32 [E]"""
+    attention_input: Tensor
+    """fp32 [E]"""
 
 
 class Buffers:
@@ -84,7 +91,6 @@ class Buffers:
     gradient_codes_t: Tensor
     row_unit: Tensor
     column_unit: Tensor
-    state_column_max: Tensor
     state_column_unit: Tensor
     token_weight: Tensor
     token_weight_inverse: Tensor
@@ -130,12 +136,11 @@ class Buffers:
 
     def layer_stats(self, layer: int) -> LayerStats:
         """Statistics of a layer's gradients; layer -1: of dx below the first layer, which nobody reads but kernels write."""
-        sizes, line, parts, at = self.sizes, self.stats[layer + 1], [], 4 * self.sizes.rows
-        widths = (sizes.shape.width, sizes.shape.ffn_width, sizes.shape.width, 4 * sizes.shape.heads_width)
-        for index, width in enumerate(widths):
-            parts.append(GradientStats(line[index * sizes.rows : (index + 1) * sizes.rows], line[at : at + width]))
-            at += width
-        return LayerStats(*parts)
+        rows, shape, line = self.sizes.rows, self.sizes.shape, self.stats[layer + 1]
+        widths = [shape.width, shape.ffn_width, shape.width, 4 * shape.heads_width, shape.ffn_width, shape.width, shape.width]
+        row_max, columns = line[: 4 * rows].split(rows), line[4 * rows :].split(widths)
+        down, hidden, combiner, projected = (GradientStats(*pair) for pair in zip(row_max, columns[:4], strict=True))
+        return LayerStats(down, hidden, combiner, projected, *columns[4:])
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from tscale_fed.engine.packed import Matrix, PackedWeights
 from tscale_fed.model.constants import PREVIOUS_WIDTH
 from tscale_kernels.attention import attend
 from tscale_kernels.attention_width1 import attend_width1
-from tscale_kernels.codes import vector_scale
+from tscale_kernels.codes import product_scale, vector_scale
 from tscale_kernels.dispatch import BackendName
 from tscale_kernels.embedding import embed_normalise
 from tscale_kernels.matmul_addnorm import add_normalise
@@ -50,6 +50,10 @@ class Work:
         """Where the states between a layer's products are."""
         return layer if self.sizes.kind == "keep" else 0
 
+    def product_scale(self, layer: int) -> float:
+        """Code of a product of gate and attention result that is 1."""
+        return product_scale(self.sizes.precision.code, *self.sizes.shape.layers()[layer])
+
     @property
     def document_start(self) -> Tensor | None:
         return self.buffers.document_start if self.documents else None
@@ -78,16 +82,16 @@ def attention_states(work: Work, layer: int) -> None:
         query=query, key=key, gate=gate, value=value, rms=rms, backend=work.backend,
     )  # fmt: skip
     width, slope = work.sizes.shape.layers()[layer]
-    out, products, tokens = b.attended[slot], _products(work), work.sizes.tokens
+    out, products, scale, tokens = b.attended[slot], _products(work), work.product_scale(layer), work.sizes.tokens
     if width == PREVIOUS_WIDTH:
         attend_width1(
             query, key, value, rms, gate, tokens=tokens, slope=slope, document_start=work.document_start,
-            out=out, products=products, backend=work.backend,
+            out=out, products=products, product_scale=scale, backend=work.backend,
         )  # fmt: skip
     else:
         attend(
             query, key, value, rms, gate, tokens=tokens, width=width, slope=slope, document_start=work.document_start,
-            out=out, log_sum=b.log_sum[slot], products=products, backend=work.backend,
+            out=out, log_sum=b.log_sum[slot], products=products, product_scale=scale, backend=work.backend,
         )  # fmt: skip
 
 
@@ -106,7 +110,8 @@ def _products(work: Work) -> Tensor:
 
 def _add_attention(work: Work, layer: int) -> None:
     b, target = work.buffers, work.input_slot(layer)
-    _add(work, _products(work), work.weights.layers[layer].combiner, b.ffn_input[target], b.ffn_input_rms[target])
+    scale, matrix = work.product_scale(layer), work.weights.layers[layer].combiner
+    _add(work, _products(work), scale, matrix, b.ffn_input[target], b.ffn_input_rms[target])
 
 
 def _add_ffn(work: Work, layer: int) -> None:
@@ -114,9 +119,9 @@ def _add_ffn(work: Work, layer: int) -> None:
     last = layer + 1 == work.sizes.depth
     target = work.input_slot(layer + 1)
     n, rms = (b.final_input, b.final_input_rms) if last else (b.attention_input[target], b.attention_input_rms[target])
-    _add(work, b.active, work.weights.layers[layer].ffn_down, n, rms)
+    _add(work, b.active, vector_scale(b.active.dtype), work.weights.layers[layer].ffn_down, n, rms)
 
 
-def _add(work: Work, a: Tensor, matrix: Matrix, n: Tensor, rms: Tensor) -> None:
-    """x += lin(a, matrix), and the codes of the new state."""
-    add_normalise(a, matrix.codes, matrix.units, a_scale=vector_scale(a.dtype), x=work.buffers.x, n=n, rms=rms, backend=work.backend)
+def _add(work: Work, a: Tensor, a_scale: float, matrix: Matrix, n: Tensor, rms: Tensor) -> None:
+    """x += lin(a, matrix), codes `a` of values times a_scale, and the codes of the new state."""
+    add_normalise(a, matrix.codes, matrix.units, a_scale=a_scale, x=work.buffers.x, n=n, rms=rms, backend=work.backend)

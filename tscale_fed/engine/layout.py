@@ -83,8 +83,8 @@ class Sizes:
 
     @property
     def stat_columns(self) -> int:
-        """Per layer: row maxima of four gradients, then their column maxima (`buffers.Stats`)."""
-        return 4 * self.rows + 2 * self.shape.width + self.shape.ffn_width + 4 * self.shape.heads_width
+        """Per layer: row maxima of four gradients, then their column maxima, then those of three inputs (`buffers.LayerStats`)."""
+        return 4 * self.rows + 4 * self.shape.width + 2 * self.shape.ffn_width + 4 * self.shape.heads_width
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -157,7 +157,6 @@ def _backward(sizes: Sizes) -> dict[str, BufferSpec]:
         "gradient_codes_t": BufferSpec((rows * widest,), code),
         "row_unit": BufferSpec((rows,), torch.float32),
         "column_unit": BufferSpec((widest,), torch.float32),
-        "state_column_max": BufferSpec((widest,), torch.float32),
         "state_column_unit": BufferSpec((widest,), torch.float32),
         "token_weight": BufferSpec((2, rows), torch.float32),
         "token_weight_inverse": BufferSpec((2, rows), torch.float32),
