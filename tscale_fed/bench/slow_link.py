@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 READ_BYTES = 1 << 16
@@ -69,16 +68,11 @@ class SlowLink:
         try:
             far_reader, far_writer = await asyncio.open_connection(*self._target)
             writers.append(far_writer)
-            there = asyncio.create_task(_carry(reader, far_writer, self.there))
-            back = asyncio.create_task(_carry(far_reader, writer, self.back))
-            try:
-                await asyncio.wait((there, back), return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                there.cancel()
-                back.cancel()
-                await asyncio.gather(there, back, return_exceptions=True)
-        except OSError:
-            return  # one side is gone: so is the connection
+            async with asyncio.TaskGroup() as both:
+                both.create_task(_carry(reader, far_writer, self.there))
+                both.create_task(_carry(far_reader, writer, self.back))
+        except* OSError:
+            pass  # one side is gone: so is the connection
         finally:
             self._connections.discard(task)
             for each in writers:
@@ -86,7 +80,7 @@ class SlowLink:
 
 
 async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lane: Lane) -> None:
-    """Until the reading side ends and all has arrived, or either side breaks."""
+    """Until the reading side ends and all has arrived; then the other side is told. Raises OSError if either breaks."""
     under_way: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(BUFFER_CHUNKS)
 
     async def deliver() -> None:
@@ -98,14 +92,12 @@ async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, lan
             writer.write(chunk)
             await writer.drain()
 
-    delivering = asyncio.create_task(deliver())
-    try:
-        with suppress(ConnectionError):
-            while chunk := await reader.read(READ_BYTES):
-                await under_way.put((lane.arrival_s(len(chunk), time.monotonic()), chunk))
-            await under_way.put((0.0, b""))
-            await delivering
-    finally:
-        delivering.cancel()
-        with suppress(asyncio.CancelledError, ConnectionError):
-            await delivering
+    async def take() -> None:
+        while chunk := await reader.read(READ_BYTES):
+            await under_way.put((lane.arrival_s(len(chunk), time.monotonic()), chunk))
+        await under_way.put((0.0, b""))
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(deliver())
+        tasks.create_task(take())
+    writer.write_eof()

@@ -90,7 +90,7 @@ class Group:
     def gather(self, received: Tensor, sent: Tensor) -> None:
         """`received` gets `sent` of every rank, in order of ranks. 1-dimensional."""
         with _lost_is_refused():
-            _gather(received, sent)
+            gather_parts(received, sent)
 
     def copy_leader(self, tensor: Tensor) -> Tensor:
         """Rank 0's values, in place."""
@@ -123,10 +123,10 @@ class Group:
                 raise _lost(f"nothing arrived for {waited:.0f} s")
 
 
-def _gather(received: Tensor, sent: Tensor) -> None:
-    """torch has renamed it: 2.13 warns about the older name, 2.11 has no other."""
+def gather_parts(received: Tensor, sent: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Equal parts of all ranks, in order. torch has renamed it: 2.13 warns about the older name, 2.11 has no other."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(received, sent)
+    gather(received, sent, group=group)
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def _lost_is_refused() -> Iterator[None]:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError) or not any(word in text for word in _LOST):
             raise
-        raise _lost(text.splitlines()[0].rpartition("] ")[2][:120]) from error
+        raise _lost(text.splitlines()[0].rpartition("] ")[2].partition(". ")[0]) from error
 
 
 def _lost(why: str) -> Refused:
