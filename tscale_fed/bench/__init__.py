@@ -24,6 +24,7 @@ It prints a table for people and writes one JSON file with the figures, the mach
     spread.py             bytes and learning of flooding, owners, cells, pairs; spread_ways.py, spread_traffic.py: the two models
     parallel.py           several GPUs of one host; parallel_rows.py a process of it, parallel_table.py what is printed
     parallel_swarm.py     its row of real peers behind slow lines; slow_link.py such a line
+    exchange.py           how much of its time a peer trains; exchange_rows.py: beside steps and at once; exchange_load.py: steps, packets
     codecs.py             every codec; codec_costs.py: bytes, time, contraction; codec_payloads.py: would compressing once more gain?
     contraction.py        what codecs send of noise, low rank, training; contraction_moves.py, contraction_ways.py: of what, and how
     in_process_swarm.py   peers with everything but sockets, exchanging packets with a fixed lag
@@ -44,6 +45,7 @@ BENCHES = {
     "spread": "bytes and learning of flooding, owners, cells and pairs",
     "rules": "rules of the swarm beside one peer and synchronous training",
     "parallel": "several GPUs of one host against one of them",
+    "exchange": "how much of its time a peer of a large swarm trains",
     "codecs": "bytes, time and contraction of every codec",
     "contraction": "how much of a displacement each codec sends for its bytes",
     "kernels": "time of every GPU kernel beside torch's own",
