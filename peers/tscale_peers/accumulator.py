@@ -68,14 +68,15 @@ class _Saved(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 class Accumulators:
     """See the module's head. Chunks come into being with the first contribution to them, whoever should own them."""
 
-    def __init__(self, me: bytes, terms: Terms) -> None:
-        """me: this peer's public key."""
+    def __init__(self, me: bytes, terms: Terms, most_batches: int = limits.count_max) -> None:
+        """me: this peer's public key. most_batches: what one contribution counts for at most, whatever it states."""
         self.batches = 0
         """Batches of all authors that the sums of chunk 0 have stated so far."""
         self.taken = 0
         """Contributions summed since the start."""
         self._me = me
         self._terms = terms
+        self._most_batches = most_batches
         self._lock = threading.Lock()
         self._sums: dict[int, _Sum] = {}
         self._known: dict[int, Numbers] = {}
@@ -109,7 +110,7 @@ class Accumulators:
             self._note_known(chunk.index, author, [(packet.seq, packet.seq)])
             sum_.since = sum_.since if sum_.count else now
             sum_.count += 1
-            sum_.batches += header.batches_total
+            sum_.batches += min(header.batches_total, self._most_batches)
             self.taken += 1
             self._note_spacing(chunk.index, author, now)
 

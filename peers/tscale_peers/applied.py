@@ -138,11 +138,14 @@ class AppliedSet:
     def total_batches(self, most_per_packet: int | None = None, without: bytes = b"") -> int:
         """Batches of the whole swarm, as far as its packets have come here. Safe from any thread.
 
-        Authors state their batches themselves; with `most_per_packet` a stream counts for at most that many times its packets of chunk 0.
-        `without`: a stream that is left out.
+        Authors state their batches themselves; with `most_per_packet` a stream counts for at most that many times its packets of chunk 0;
+        one of sums, which state the batches of many, for `sum_batches_factor` times as many. `without`: a stream that is left out.
         """
-        streams = [stream for key, stream in list(self.streams.items()) if key != without]
-        return sum(s.batches if most_per_packet is None else s.counted_batches(most_per_packet) for s in streams)
+        streams = [(key, stream) for key, stream in list(self.streams.items()) if key != without]
+        if most_per_packet is None:
+            return sum(stream.batches for _, stream in streams)
+        most_per_sum = most_per_packet * limits.sum_batches_factor
+        return sum(stream.counted_batches(most_per_sum if is_of_sums(key) else most_per_packet) for key, stream in streams)
 
     def __len__(self) -> int:
         return len(self.streams)
@@ -272,6 +275,11 @@ class AppliedSet:
         from tscale_peers.applied_wire import decode_set
 
         return decode_set(data, chunks, max_streams)
+
+
+def is_of_sums(stream_key: bytes) -> bool:
+    """Does this stream hold the sums of an owner of chunks? The highest bit of its number says so."""
+    return stream_key[-1] >= 0x80
 
 
 def _numbers(*values: int) -> bytes:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tscale_peers import limits
 from tscale_peers.basepoint import Replica
 from tscale_peers.delta_log import PacketLog
 from tscale_peers.exchange import Exchange, OuterRule, Signer
@@ -95,7 +96,7 @@ def assemble(
     meeting = MeetingPoint(exchange, replica, log, every, outside.clock, lambda body: Packet.decode(body, terms), helper)
     gossip = Gossip(replica.applied_copy(), len(terms.layout.chunks), log, outside.rng)
     intake = Intake(lambda body: exchange.prepared(Packet.open(body, terms, outside.verify)), gossip, log, meeting)
-    meeting.summing = Summing(exchange, outside.clock, sums)
+    meeting.summing = Summing(exchange, outside.clock, sums, every * limits.batches_per_publication)
     spreading = Spreading(
         run.manifest.spread, author.peer_id, author.public_key, terms, outside.verify, meeting.summing, Relay(pledges.body), outside.clock
     )

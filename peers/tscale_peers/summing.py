@@ -55,12 +55,12 @@ class _Sum(NamedTuple):
 class Summing:
     """See the module's head. `saved`: the checkpoint's sums (empty: none)."""
 
-    def __init__(self, exchange: Exchange, clock: Clock, saved: bytes = b"") -> None:
+    def __init__(self, exchange: Exchange, clock: Clock, saved: bytes = b"", most_batches: int = limits.count_max) -> None:
         self.plan = Plan()
         """Set by the event loop."""
         self.refused: deque[Refused] = deque(maxlen=limits.refusals_kept)
         """Sums and own contributions that had to wait, for people."""
-        self.sums = Accumulators(exchange.signer.public_key, exchange.terms)
+        self.sums = Accumulators(exchange.signer.public_key, exchange.terms, most_batches)
         self._exchange = exchange
         self._clock = clock
         self._stream = exchange.stream | SUM_STREAM
