@@ -101,8 +101,15 @@ heartbeat_per_peer_s = 1.0
 """In large ones once per this times the number of peers: record traffic stays about one record a second over each link."""
 links_renewed_s = 2.0
 """A change of links is stated this soon: a peer that comes or goes changes several links at once."""
-heartbeat_parts = 8
-"""News of others is gathered for this part of a heartbeat before it is told on: it then takes half a heartbeat through any swarm."""
+heartbeat_parts = 4
+"""News of others is gathered for this part of a heartbeat before it is told on: it then takes about a heartbeat through any swarm."""
+record_tellers = 3
+"""Of a peer's neighbours, the number that tell it of a third one's new record, others than its author: each record anew chosen by its bytes.
+Who misses one by chance hears the next; news that cannot wait is told by all."""
+links_renewed_parts = 16
+"""Of a heartbeat, likewise, in large swarms."""
+urgent_parts = 64
+"""Of a heartbeat: news that cannot wait (who comes, who goes) is gathered for so long, or for `tick_s` if that is longer."""
 suspect_s = 7.0
 dead_s = 15.0
 """Without any chain of links. A killed peer's links are reset at once, or fall silent for 14 s; stalls of 5 s break no link."""
@@ -129,6 +136,8 @@ tick_s = 0.25
 """News for neighbours is gathered for so long: many packets share one announcement, and nothing runs while there is no news."""
 house_s = 1.0
 """What has no event of its own is looked after this often: who is alive, whom to dial, deadlines, whether the uplink is free."""
+house_large_peers = 32
+"""From so many peers on it is looked after half as often: there is more to look at, and each peer matters less."""
 share_s = 5.0
 """The share and the pace are worked out anew this often, and when somebody comes or goes: rates are averages over 30 s."""
 push_fanout = 3
@@ -293,6 +302,8 @@ spacing_weight = 0.1
 
 # -- summing.py --------------------------------------------------------------------------------------------------------
 
+sum_batches_factor = 16
+"""A sum counts for as many batches as so many packets: one interval of 256 peers."""
 sum_lag = 10
 """Sums of one chunk may be so many numbers behind those of another: half of what logs keep."""
 refusals_kept = 64
@@ -306,8 +317,8 @@ owners_slack_peers = 2
 """Work goes to everybody again when so many fewer are left."""
 owners_payloads = 3.0
 """Payloads that a peer receives per interval with owners: one of sums, one of contributions, one passed on (`tscale bench spread`)."""
-owners_look_s = 5.0
-"""Owners and ways are looked at again at least this often, and whenever somebody comes or goes or links change."""
+owners_look_s = 20.0
+"""Owners are looked at again at least this often, and whenever somebody comes or goes or links change."""
 node_bytes = 8
 """Of a public key, to name its peer among links."""
 record_max_links = 32
