@@ -21,10 +21,15 @@ How packets and newcomers travel:
     intake.py           packets coming in: check, log, apply   meeting.py     where the trainer's thread meets the swarm
     joining.py          learn the run, snapshot, catch-up      donor.py       what a peer gives to newcomers
     leaving.py          graceful leave                         agreement.py   states compared with others' states
+How chunks have owners, so that traffic stops growing with the swarm:
+    owners.py           who owns what, by hashing              routing.py     the next step on a way over links
+    spreading.py        to everybody or to owners; the plan    relay.py       contributions on their way
+    summing.py          owners' work at meetings               included.py    which contributions a sum contains
+    pledges.py          what an author has given               accumulator.py what an owner has received
 What one neighbour may cause:
     neighbour.py        what it has, is told, is sent          wants.py       packets to fetch: of whom, until when
     allowance.py        a budget that refills with time        conduct.py     when a link carries too much nonsense
-    set_parts.py        sets too large for one message
+    set_parts.py        sets too large for one message         turns.py       neighbours take turns at being checked
 The shell:
     peer.py             owns the tasks, feeds events, executes actions; dialler.py, herald.py and notices.py are its helpers
     surroundings.py     what it is given                       traffic.py     bytes up and down
