@@ -26,7 +26,7 @@ EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 
 COMMANDS = {
-    "train": "train alone on one device, from a run file",
+    "train": "train without a swarm, on one or more devices, from a run file",
     "data": "turn text into token shards, look at them",
     "tokenizer": "make a tokenizer from text, look at one",
     "model": "look at a model; check this machine against a golden file",
