@@ -120,8 +120,10 @@ if has_triton():
         mask = m_place[:, :, None] & (o_lane >= 0)[None, None, :]
         before = tl.load(residual + offsets, mask=mask, other=0).to(tl.int32)
         total = before
-        for author in range(AUTHORS):
-            bits = tl.load(received + author * (groups.to(tl.int64) * 16) + place, mask=m_place, other=0).to(tl.int32)
+        p_bits = received + place
+        for _ in range(AUTHORS):
+            bits = tl.load(p_bits, mask=m_place, other=0).to(tl.int32)
+            p_bits += groups * 16
             total += UNITS - 2 * UNITS * ((bits[:, :, None] >> o_lane[None, None, :]) & 1)
         negative = total < 0
         loudness = tl.reshape(tl.abs(total), (GROUPS, 128))

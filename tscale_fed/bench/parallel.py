@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ ROWS = ("one", "exact", "onebit")
 """Measured unless others are named."""
 ALL_ROWS = (*ROWS, "swarm")
 STEPS = 40
+LOOK_S = 0.5
+LAST_ROW_S = 30.0
+"""What a row may take after --seconds: rows that hang end the bench."""
 TEXT_BYTES = 20_000_000
 """Of a text, at most: what a few hundred steps read, and tokenized in seconds."""
 
@@ -62,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--publish-every", type=count, default=5, metavar="N", help="the swarm's steps between two deltas (default: 5)")
     parser.add_argument("--megabits", type=positive, default=100.0, metavar="R", help="of every peer's connection (default: 100)")
     parser.add_argument("--delay-ms", type=positive, default=100.0, metavar="D", help="of a round trip between two peers (default: 100)")
-    parser.add_argument("--seconds", type=positive, default=540.0, metavar="S", help="no row begins later; the swarm stops (default: 540)")
+    parser.add_argument("--seconds", type=positive, default=540.0, metavar="S", help="the whole bench: rows end then (default: 540)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="result file (default: docs/bench/parallel-PRESET.json)")
 
 
@@ -80,10 +84,21 @@ def run(arguments: argparse.Namespace) -> int:
         found: dict[str, Any] = {"machine": _machine(arguments), "rows": []}
         processes = [row for row in arguments.rows if row != "swarm"]
         if processes:
-            _run_processes(job, folder, processes, arguments.gpus)
-            found["machine"].update(_read(folder / "machine.json", {}))
-            found["rows"] += _read(folder / "rows.json", [])
-            _write(path, arguments, job, found)
+
+            def keep() -> None:
+                found["machine"].update(_read(folder / "machine.json", {}))
+                found["rows"] = _read(folder / "rows.json", [])
+                _write(path, arguments, job, found)
+
+            complete = _run_processes(job, folder, processes, arguments.gpus, keep)
+            if not complete:
+                found["rows"].append(
+                    {
+                        "row": processes[min(len(found["rows"]), len(processes) - 1)],
+                        "ranks": arguments.gpus,
+                        "failure": "a process ended or hung",
+                    }
+                )
         if "swarm" in arguments.rows:
             from tscale_fed.bench.parallel_swarm import measure_swarm
 
@@ -115,15 +130,29 @@ def job_of(arguments: argparse.Namespace, folder: Path) -> Job:
     )  # fmt: skip
 
 
-def _run_processes(job: Job, folder: Path, rows: list[str], ranks: int) -> None:
-    """All rows but the swarm, in one set of processes that meet on this machine."""
+def _run_processes(job: Job, folder: Path, rows: list[str], ranks: int, keep: Callable[[], None]) -> bool:
+    """All rows but the swarm, in one set of processes that meet on this machine; `keep` is called after every row. Whether all ended well
+    in time: if one does not, the others are killed."""
     from tscale_fed.parallel.launch import free_port, rank_environments
 
     (folder / "job.json").write_text(json.dumps({**job.as_json(), "rows": rows}))
     command = [sys.executable, "-m", "tscale_fed.bench.parallel_rows", str(folder)]
     started = [subprocess.Popen(command, env=each) for each in rank_environments(os.environ, ranks, free_port())]
-    for process in started:
-        process.wait()
+    began, known = time.monotonic(), 0
+    try:
+        while any(process.poll() is None for process in started):
+            time.sleep(LOOK_S)
+            rows_now = len(_read(folder / "rows.json", []))
+            if rows_now > known:
+                known = rows_now
+                keep()
+            if any(process.poll() for process in started) or time.monotonic() - began > job.seconds + LAST_ROW_S:
+                break
+    finally:
+        for process in started:
+            process.kill()
+    keep()
+    return [process.wait() for process in started] == [0] * ranks
 
 
 def _machine(arguments: argparse.Namespace) -> dict[str, Any]:
