@@ -72,6 +72,8 @@ class Accumulators:
         """me: this peer's public key. most_batches: what one contribution counts for at most, whatever it states."""
         self.batches = 0
         """Batches of all authors that the sums of chunk 0 have stated so far."""
+        self.closed = False
+        """This peer leaves: nothing more is taken."""
         self.taken = 0
         """Contributions summed since the start."""
         self._me = me
@@ -96,6 +98,8 @@ class Accumulators:
         author = included.short_id(packet.stream_key)
         if header.owner != self._me:
             raise refuse("wrong-owner", f"a contribution to chunk {chunk.index} that is addressed to another peer")
+        if self.closed:
+            raise refuse("owner-busy", f"a contribution to chunk {chunk.index} came while this peer leaves; its author takes it back")
         with self._lock:
             known = self._known.get(chunk.index, {}).get(author, [])
             if ranges.contains(known, packet.seq):

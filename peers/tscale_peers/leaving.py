@@ -38,7 +38,6 @@ async def _hand_on_sums(peer: SwarmPeer) -> None:
         await peer.off_loop(peer.meeting.settle)
         if pledges.waiting < least:
             least, since = pledges.waiting, clock.now()
-    await peer.off_loop(peer.meeting.finish_sums)
 
 
 async def _publish_rest(peer: SwarmPeer, progress: Callable[[str], None]) -> None:

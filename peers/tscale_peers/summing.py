@@ -148,6 +148,7 @@ class Summing:
 
     def finish(self) -> list[tuple[Key, bytes]]:
         """Before leaving: publish everything that waits, and take over what is left, to be published as own work."""
+        self.sums.closed = True
         published = self._publish(self.sums.waiting())
         for index, units in self.sums.remove_idle(()):
             self._exchange.take_over(index, units)
