@@ -77,3 +77,8 @@ STATUS_INTERVAL_S = 0.5
 """How often the console's status line may change."""
 LINGER_S = 1.0
 """Time for the last BYE to leave."""
+
+# -- session_state.py --------------------------------------------------------------------------------------------------
+
+CHECKPOINT_PART_VALUES = 1 << 22
+"""Weights that a checkpoint copies between two steps: 64 MB with all that belongs to them, about 10 ms. Smaller models go at once."""

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from tscale_fed.assembly import build_evaluator
-from tscale_fed.averaging import BestModel, saved_average
+from tscale_fed.averaging import BestModel
 from tscale_fed.control import Command
 from tscale_fed.data.serving import DataServer
 from tscale_fed.find_run import FoundRun
@@ -25,6 +25,7 @@ from tscale_fed.limits import DONOR_STATE_S, LINGER_S, NEIGHBOURS_S, STATUS_INTE
 from tscale_fed.neighbours import addresses_to_keep, remember_neighbours
 from tscale_fed.returning import Returning
 from tscale_fed.session_parts import Built, progress_of
+from tscale_fed.session_state import StateCopy
 from tscale_fed.status import LossHistory, Phase
 from tscale_fed.trainer import Trainer
 from tscale_fed.training_thread import Priority, TrainingThread, default_threads
@@ -35,9 +36,6 @@ from tscale_peers.donor import TRAINER_STATE, provide_from
 from tscale_peers.joining import fetch_snapshot, reload_when_needed
 from tscale_peers.measured import Measured
 from tscale_peers.meeting_time import Seconds
-
-State = tuple[int, dict[str, Tensor], dict[str, bytes], dict[str, Any]]
-"""(own steps, tensors, blobs, facts) of a checkpoint."""
 
 
 class PeerSession:
@@ -291,40 +289,23 @@ class PeerSession:
     # -- saving and leaving ------------------------------------------------------------------------------------------
 
     async def _checkpoint(self) -> None:
-        """Copy between two steps, write beside training. A failure is shown and training goes on: the last checkpoint is intact."""
+        """Copy between steps, write beside training. A failure is shown and training goes on: the last checkpoint is intact."""
         try:
-            state = await self.training.call(lambda trainer: self._state())
+            copy = await asyncio.to_thread(self._copy)
+            for part in copy.parts:
+                await self.training.call(lambda trainer, part=part: copy.take(part))  # type: ignore[misc]
+            state = await self.training.call(lambda trainer: copy.finish())
             await asyncio.to_thread(self.built.store.save, *state)
             self.built.peer.meeting.checkpointed(state[2]["paid"], state[2]["pledges"])
         except Refused as refusal:
             self.ground.console.warn(refusal.detail)
 
-    def _state(self) -> State:
-        """(own steps, tensors, blobs, facts) of one moment. On the training thread, or when that has ended."""
-        peer, trainer = self.built.peer, self.built.trainer
-        with peer.meeting.exclusively():
-            exchange = peer.meeting.exchange
-            sums, average_facts = saved_average(peer.meeting.average)
-            tensors = {
-                **trainer.state_tensors(),
-                **sums,
-                "displacement": exchange.displacement().clone(),
-                "basepoint": self.built.replica.basepoint.to("cpu", copy=True),
-            }
-            blobs = {
-                "applied": self.built.replica.applied.encode(),
-                "paid": exchange.paid.encode(),
-                "pledges": exchange.pledges.encode(),
-                "sums": peer.spreading.summing.sums.encode(),
-            }
-            facts = {
-                **trainer.state_facts(),
-                **average_facts,
-                "run": self.found.manifest.run_id.hex(),
-                "swarm_batches": peer.swarm_batches(),
-                "unix": self.ground.clock.wall(),
-            }
-        return trainer.steps, tensors, blobs, facts
+    def _copy(self) -> StateCopy:
+        return StateCopy(self.built.peer, self.built.trainer, self._facts)
+
+    def _facts(self) -> dict[str, Any]:
+        batches, unix = self.built.peer.swarm_batches(), self.ground.clock.wall()
+        return {"run": self.found.manifest.run_id.hex(), "swarm_batches": batches, "unix": unix}
 
     def _save(self) -> Refused | None:
         """The last checkpoint; returns why it could not be written."""
@@ -332,7 +313,7 @@ class PeerSession:
             return None  # nothing of ours yet, or nothing worth keeping
         self.built.peer.meeting.finish_outgoing()
         try:
-            state = self._state()
+            state = self._copy().at_once()
             self.built.store.save(*state)
             self.built.peer.meeting.checkpointed(state[2]["paid"], state[2]["pledges"])
         except Refused as refusal:

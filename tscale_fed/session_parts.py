@@ -124,9 +124,11 @@ def _settle_after_crash(ground: Ground, peer: SwarmPeer, trainer: Trainer, check
     if not exchange.recovered:
         return
     ground.console.say(f"{exchange.recovered} own packets recovered from the log")
+    # Parts of a large checkpoint may be older than its end.
+    trained = trainer.steps if checkpoint is None else checkpoint.facts.get("copied_from_step", trainer.steps)
     newest = max(exchange.log.keys(exchange.stream_key), key=lambda key: key[1])
     body = exchange.log.get(newest)
-    if body is None or Packet.decode(body, exchange.terms).header.batches_total > trainer.steps:
+    if body is None or Packet.decode(body, exchange.terms).header.batches_total > trained:
         peer.meeting.keep_unpublished(checkpoint.tensors["displacement"] if checkpoint is not None else None)
 
 

@@ -146,7 +146,15 @@ class Trainer:
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Copies on the CPU of all that a bit-exact restore needs: weights, momentum, second moments, the optimizer's step count."""
-        return {"weights": self.weights.detach().to("cpu", copy=True), **self.optimizer.state_dict()}
+        return {name: tensor.to("cpu", copy=True) for name, tensor in self.large_tensors().items()} | self.small_tensors()
+
+    def large_tensors(self) -> dict[str, torch.Tensor]:
+        """Those of `state_tensors` that have a value for every weight, [parameters]: the live ones, on their device."""
+        return {"weights": self.weights.detach(), "momentum": self.optimizer.momentum}
+
+    def small_tensors(self) -> dict[str, torch.Tensor]:
+        """The others, as CPU copies."""
+        return self.optimizer.small_state()
 
     def state_facts(self) -> dict[str, Any]:
         """The rest of the state as JSON values. There is no random state to keep: see the module."""

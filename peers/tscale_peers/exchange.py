@@ -38,7 +38,7 @@ from tscale_peers.basepoint import Replica
 from tscale_peers.codec import CodecMemory
 from tscale_peers.delta_batch import prepare
 from tscale_peers.delta_log import PacketLog
-from tscale_peers.displacement import Displacement
+from tscale_peers.displacement import Displacement, Span
 from tscale_peers.drafting import Desk, Drafting
 from tscale_peers.errors import refuse
 from tscale_peers.lane import Lane, wait_for
@@ -123,6 +123,11 @@ class Exchange:
     def displacement(self) -> torch.Tensor:
         """d as of now: flat, the weights' dtype, on the CPU; where it is kept there, the live buffer."""
         return self._place.flat()
+
+    def copy_displacement(self, span: Span, out: torch.Tensor) -> None:
+        """d of some chunks to their place in `out`, flat, any device."""
+        for part in self._place.spans(span.chunks):
+            part.of(out).copy_(self._place.capture(part))
 
     def encoded(self, chunk: Chunk, coefficient: float) -> bytes:
         """Payload of what d holds of one chunk beyond what is pledged. Changes nothing. Raises Refused("not-finite")."""

@@ -27,7 +27,7 @@ from tscale_peers.errors import refuse
 from tscale_peers.packet import Key, Packet, Terms
 from tscale_peers.packet_log import PacketLog
 
-SAVED_VERSION = 1
+SAVED_VERSION = 2
 
 
 @dataclass(slots=True)
@@ -38,10 +38,14 @@ class _Given:
     back: dict[int, None] = field(default_factory=dict)
 
 
-class _SavedChunk(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+class SavedChunk(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """What a checkpoint keeps of one chunk, as of the moment when its displacement was copied."""
+
     chunk: int
     open: list[tuple[int, bytes]]
     back: list[int]
+    highest: int
+    """Newest number given to any chunk at that moment: later ones are not in these lists."""
 
 
 class _Saved(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
@@ -49,7 +53,7 @@ class _Saved(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     highest: int
     batches: int
     listed_batches: int
-    chunks: list[_SavedChunk]
+    chunks: list[SavedChunk]
 
 
 class Pledges:
@@ -71,6 +75,8 @@ class Pledges:
         self._highest = 0
         """Newest number given to any chunk: all contributions of one moment have one number, so that the log drops the oldest first."""
         self._given: dict[int, _Given] = {}
+        self._complete: dict[int, int] = {}
+        """Up to which number what was restored of a chunk is complete."""
         self._spacing_s = 0.0
         self._given_at: float | None = None
         if saved is not None:
@@ -179,7 +185,9 @@ class Pledges:
 
     def recover(self) -> list[Packet]:
         """After a crash: contributions that the log has and the saved state does not know. They count as paid."""
-        lost = [packet for key in self._log.keys(self._stream_key, self._highest + 1) for packet in self._read(key[2], [key[1]])]
+        saved = self._highest
+        keys = [key for key in self._log.keys(self._stream_key) if key[1] > self._complete.get(key[2], saved)]
+        lost = [packet for key in keys for packet in self._read(key[2], [key[1]])]
         for packet in lost:
             self._highest = max(self._highest, packet.seq)
             if packet.chunk == 0:
@@ -193,22 +201,29 @@ class Pledges:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def encode(self) -> bytes:
-        """For a checkpoint, together with d."""
-        return msgspec.msgpack.encode(self._state())
+    @property
+    def counts(self) -> tuple[int, int]:
+        """(batches, listed_batches): they belong to chunk 0."""
+        return self.batches, self.listed_batches
+
+    def saved_chunk(self, chunk: int) -> SavedChunk:
+        """What a checkpoint keeps of one chunk, together with its d."""
+        given = self._given.get(chunk, _Given())
+        return SavedChunk(chunk, [(number, owner) for number, (owner, _) in given.open.items()], list(given.back), self._highest)
+
+    def encode(self, chunks: Sequence[SavedChunk] | None = None, counts: tuple[int, int] | None = None) -> bytes:
+        """For a checkpoint, together with d. chunks, counts: of the moments when d was copied; None: of now."""
+        return msgspec.msgpack.encode(self._state(chunks, counts))
 
     def checkpointed(self, saved: bytes | None = None) -> None:
         """A checkpoint with `saved` (default: the present state) is durable: the log must keep what is open in it, and what came after."""
         state = _decode(saved) if saved is not None else self._state()
-        needed = [number for entry in state.chunks for number, _ in entry.open]
+        needed = [number for entry in state.chunks for number in (entry.highest + 1, *(number for number, _ in entry.open))]
         self._log.hold(self._stream_key, min(needed, default=state.highest + 1))
 
-    def _state(self) -> _Saved:
-        chunks = [
-            _SavedChunk(chunk, [(number, owner) for number, (owner, _) in given.open.items()], list(given.back))
-            for chunk, given in sorted(self._given.items())
-        ]
-        return _Saved(SAVED_VERSION, self._highest, self.batches, self.listed_batches, chunks)
+    def _state(self, chunks: Sequence[SavedChunk] | None = None, counts: tuple[int, int] | None = None) -> _Saved:
+        kept = [self.saved_chunk(chunk) for chunk in sorted(self._given)] if chunks is None else list(chunks)
+        return _Saved(SAVED_VERSION, self._highest, *(counts or self.counts), kept)
 
     def _restore(self, saved: bytes, now: float) -> None:
         state = _decode(saved)
@@ -216,6 +231,7 @@ class Pledges:
         for entry in state.chunks:
             open_ = {number: (owner, now) for number, owner in entry.open}
             self._given[entry.chunk] = _Given(open_, dict.fromkeys(entry.back))
+            self._complete[entry.chunk] = entry.highest
 
 
 def _decode(saved: bytes) -> _Saved:

@@ -187,8 +187,11 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Everything a bit-exact restore needs, as named CPU tensors (safetensors takes them as they are)."""
-        own_steps = torch.tensor(self.own_steps, dtype=torch.int64)
-        return {"momentum": self.momentum.cpu().clone(), **self.second_moments(), "own_steps": own_steps}
+        return {"momentum": self.momentum.to("cpu", copy=True), **self.small_state()}
+
+    def small_state(self) -> dict[str, torch.Tensor]:
+        """`state_dict` without the momentum."""
+        return {**self.second_moments(), "own_steps": torch.tensor(self.own_steps, dtype=torch.int64)}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore a `state_dict`. Raises ValueError when it belongs to another model, KeyError on a missing name."""
