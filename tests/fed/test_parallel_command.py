@@ -190,6 +190,7 @@ def test_hosts_with_other_run_files_are_refused_by_one_sentence(config: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_one_bit_loses_less_than_one_percent(ranks: int, tmp_path: Path) -> None:
     """The bench's own rows, 300 steps of a tiny model on the demo's text."""

@@ -24,7 +24,7 @@ from tscale_fed.assembly import build_evaluator, build_trainer, model_shape, pre
 from tscale_fed.bench.machine import write_result
 from tscale_fed.config import BatchSection, DataSection, DeviceSection, EvalSection, ModelSection, OptimizerSection, Recipe
 from tscale_fed.data.token_data import TokenData
-from tscale_fed.device import Device, choose_device
+from tscale_fed.device import choose_device
 from tscale_fed.parallel.agreement import check_replicas
 from tscale_fed.parallel.exchange import Exchanging
 from tscale_fed.parallel.group import Group
@@ -196,8 +196,8 @@ def _memory_given_back(device: torch.device) -> Iterator[None]:
     give_back()
 
 
-def _card(device: Device | torch.device) -> dict[str, Any]:
-    if not isinstance(device, torch.device) or device.type != "cuda":
+def _card(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
         return {"gpu": None}
     version = torch.cuda.nccl.version()
     return {"gpu": torch.cuda.get_device_name(device), "gpus_shown": torch.cuda.device_count(), "nccl": ".".join(map(str, version))}

@@ -10,7 +10,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,8 +50,11 @@ def run_member(args: argparse.Namespace, config: RunConfig, world: World) -> int
     clock = SystemClock()
     console = standard_console(clock) if world.leader else Console(io.StringIO(), clock, terminal=False)
     with Interrupts("" if launcher or not world.leader else STOP_ANSWER) as asked:
-        # A launcher that was killed cannot ask any more: then these processes have another parent.
-        stop = lambda: asked.stop or bool(launcher and os.getppid() != launcher)  # noqa: E731
+
+        def stop() -> bool:
+            """A launcher that was killed cannot ask any more: then these processes have another parent."""
+            return asked.stop or bool(launcher and os.getppid() != launcher)
+
         try:
             code = _train(args, config, world, console, clock, stop)
         except Refused as refused:
@@ -61,7 +64,9 @@ def run_member(args: argparse.Namespace, config: RunConfig, world: World) -> int
     return code
 
 
-def _train(args: argparse.Namespace, config: RunConfig, world: World, console: Console, clock: SystemClock, stop: Any) -> int:
+def _train(
+    args: argparse.Namespace, config: RunConfig, world: World, console: Console, clock: SystemClock, stop: Callable[[], bool]
+) -> int:
     device = _device(args.device, config, world)
     home = lone_home(args.home, config)
     with _held(home, world):
