@@ -94,6 +94,7 @@ class Exchange:
         self.stream_key = stream_key(self.signer.public_key, stream)
         self.log = log
         self.terms = terms
+        self.helper = helper
         self._clock = clock
         self._chunks = layout.chunks
         self._memories = [CodecMemory() for _ in layout.chunks]

@@ -10,7 +10,8 @@ contributions to send, sums to spread, both durable before anybody sees them.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class Summing:
         self._stream = exchange.stream | SUM_STREAM
         self.stream_key = stream_key(exchange.signer.public_key, self._stream)
         self._newest = self._highest()
+        self._making: Future[list[_Sum]] | None = None
         own = [exchange.log.get(key) for key in exchange.log.keys(self.stream_key)]
         self.sums.restore(saved, [Packet.decode(body, exchange.terms) for body in own if body is not None], clock.now())
 
@@ -141,9 +143,13 @@ class Summing:
         """Between two steps: publish what is due, take back what was not listed, hand on what is another's. Returns sums to spread."""
         now, plan = self._clock.now(), self.plan
         self._exchange.pledges.take_back(now, plan.is_gone)
-        published = self._publish(self.sums.due(now, plan.training_peers))
-        for index, units in self.sums.remove_idle(plan.owned):
-            self._exchange.take_over(index, units)
+        published = self._taken_up()
+        if self._making is None and (due := self.sums.due(now, plan.training_peers)):
+            self._begin(due)
+            published += self._taken_up()
+        if self._making is None:
+            for index, units in self.sums.remove_idle(plan.owned):
+                self._exchange.take_over(index, units)
         return published
 
     def finish(self) -> list[tuple[Key, bytes]]:
@@ -154,18 +160,39 @@ class Summing:
             self._exchange.take_over(index, units)
         return published
 
-    def _publish(self, chunks: Iterable[int]) -> list[tuple[Key, bytes]]:
-        """Sums of these chunks, applied here. One that cannot be made now waits, and why is in `refused`."""
+    def _publish(self, chunks: Sequence[int]) -> list[tuple[Key, bytes]]:
+        """Sums of these chunks, and those that are being made; waits for them."""
+        published = self._taken_up(wait=True)
+        self._begin([chunk for chunk in chunks if chunk in set(self.sums.waiting())])
+        return published + self._taken_up(wait=True)
+
+    def _begin(self, chunks: Sequence[int]) -> None:
+        """Make the sums of these chunks, beside training where there is a helper; contributions taken meanwhile go into the next ones."""
+        if self._exchange.helper is not None:
+            self._making = self._exchange.helper.submit(self._made, chunks)
+            return
+        self._making = Future()
+        self._making.set_result(self._made(chunks))
+
+    def _made(self, chunks: Sequence[int]) -> list[_Sum]:
+        """Sums, in the log. One that cannot be made now waits, and why is in `refused`."""
         drafts = [draft for index in chunks if (draft := self._draft(self._exchange.replica.layout.chunks[index])) is not None]
         try:
             self._exchange.log.append_all([(draft.body, draft.packet.key) for draft in drafts], fsync=True)
         except Refused as refusal:
             self.refused.append(refusal)
             return []
+        return drafts
+
+    def _taken_up(self, wait: bool = False) -> list[tuple[Key, bytes]]:
+        """Sums that are ready, applied here."""
+        if self._making is None or not (wait or self._making.done()):
+            return []
+        drafts, self._making = self._making.result(), None
         for draft in drafts:
             self._newest = max(self._newest, draft.packet.seq)
             self.sums.published(draft.packet, draft.batches)
-            self._exchange.receive([draft.packet])
+        self._exchange.receive(draft.packet for draft in drafts)
         return [(draft.packet.key, draft.body) for draft in drafts]
 
     def _draft(self, chunk: Chunk) -> _Sum | None:
