@@ -123,7 +123,7 @@ if has_triton():
     import triton
     import triton.language as tl
 
-    from tscale_kernels.codes import encode_tile
+    from tscale_kernels.codes import encode_tile, small_to_float
     from tscale_kernels.tiles import TRITON_DTYPES, capability, operand, uses_tma
 
     @triton.jit
@@ -223,14 +223,6 @@ if has_triton():
                 value_tile = value_tile.to(tl.float16)  # e4m3 in the wrong order for fp8 tensor cores; exact in fp16, and quick to make
             result = tl.dot(weights.to(value_tile.dtype), value_tile, result * shrink[:, None])
         return peak, total, result
-
-    @triton.jit
-    def small_to_float(x):  # type: ignore[no-untyped-def]
-        """Codes -> fp32. int8 is put into the low bits of 1.5 * 2**23 and that is subtracted: the conversion instruction is far slower."""
-        if x.dtype == tl.int8:
-            return (x.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - 12582912.0
-        else:
-            return x.to(tl.float32)
 
     @triton.jit
     def encode_product(a, b, CODE: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]

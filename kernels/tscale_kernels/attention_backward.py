@@ -110,7 +110,8 @@ if has_triton():
     import triton
     import triton.language as tl
 
-    from tscale_kernels.attention import held, key_ranges, load_head, opaque_zero, program_place, row_mask, score_tile, sees, small_to_float
+    from tscale_kernels.attention import held, key_ranges, load_head, opaque_zero, program_place, row_mask, score_tile, sees
+    from tscale_kernels.codes import small_to_float
     from tscale_kernels.head_gradient import rotate_back, store_gradient, through_normalise
     from tscale_kernels.tiles import capability, operand
 

@@ -70,7 +70,8 @@ if has_triton():
     import triton
     import triton.language as tl
 
-    from tscale_kernels.attention import small_to_float, store_products
+    from tscale_kernels.attention import store_products
+    from tscale_kernels.codes import small_to_float
     from tscale_kernels.tiles import TRITON_DTYPES, capability
 
     @triton.jit

@@ -57,7 +57,7 @@ if has_triton():
     import triton
     import triton.language as tl
 
-    from tscale_kernels.attention import small_to_float
+    from tscale_kernels.codes import small_to_float
     from tscale_kernels.head_gradient import size_bits
     from tscale_kernels.tiles import capability
 

@@ -103,6 +103,7 @@ if has_triton():
     import triton
     import triton.language as tl
 
+    from tscale_kernels.codes import small_to_float
     from tscale_kernels.tiles import load_tile, product_tile, store_tile, tile_position
 
     @triton.jit
@@ -134,10 +135,14 @@ if has_triton():
         tl.atomic_max(column_max + column + tl.arange(0, BC), weighted.to(tl.int32, bitcast=True), sem="relaxed")
 
     @triton.jit
-    def note_input(values, input_scale, input_max, row, column, BR: tl.constexpr, BC: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Raise input_max (int32 pointer as in `note_maxima`) to the column maxima of |values| * input_scale; nothing without one."""
+    def note_input(  # type: ignore[no-untyped-def]
+        x, input_scale, input_max, row, column, width, RELU: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, TMA: tl.constexpr
+    ):
+        """Raise input_max (int32 pointer as in `note_maxima`) to the column maxima of |x|, or max(x, 0), times input_scale, if given.
+        The tile is loaded a second time: kept from its first use, it would cost registers while there are none."""
         if input_scale is not None:
-            size = tl.abs(values) * tl.load(input_scale + row + tl.arange(0, BR))[:, None]
+            codes = small_to_float(load_tile(x, row, column, width, BR, BC, TMA))
+            size = (tl.maximum(codes, 0.0) if RELU else tl.abs(codes)) * tl.load(input_scale + row + tl.arange(0, BR))[:, None]
             largest = tl.max(size.to(tl.int32, bitcast=True), axis=0)  # as integers: a NaN is above all
             tl.atomic_max(input_max + column + tl.arange(0, BC), largest, sem="relaxed")
 
@@ -183,11 +188,11 @@ if has_triton():
         width = column_tiles * BC
         sums = product_tile(g, w_t, row, column, 0, depth // BK, depth, depth, BR, BC, BK, ACC, TMA).to(tl.float32)
         codes = load_tile(hidden, row, column, width, BR, BC, TMA).to(tl.float32)
-        note_input(tl.maximum(codes, 0.0), input_scale, input_max, row, column, BR, BC)
         scale = row_scale(row_unit, unit, row, factor, BR)
         d = through_norm_tile(tl.where(codes >= 0, sums, 0.0), codes, scale, rms, row, column, rows, code_unit, BR, BC)
         store_tile(out, row, column, width, d.to(tl.bfloat16), BR, BC, TMA)
         note_maxima(d, token_weight, row_max, column_max, row, column, BR, BC)
+        note_input(hidden, input_scale, input_max, row, column, width, True, BR, BC, TMA)
 
     @triton.jit
     def through_norm_add_kernel(  # type: ignore[no-untyped-def]
@@ -203,12 +208,12 @@ if has_triton():
         width = column_tiles * BC
         sums = product_tile(g, w_t, row, column, 0, depth // BK, depth, depth, BR, BC, BK, ACC, TMA).to(tl.float32)
         codes = load_tile(n, row, column, width, BR, BC, TMA).to(tl.float32)
-        note_input(codes, input_scale, input_max, row, column, BR, BC)
         scale = row_scale(row_unit, unit, row, factor, BR)
         d = through_norm_tile(sums, codes, scale, rms, row, column, rows, code_unit, BR, BC)
         new = load_tile(dx, row, column, width, BR, BC, TMA).to(tl.float32) + d
         store_tile(dx, row, column, width, new.to(STREAM), BR, BC, TMA)
         note_maxima(new, token_weight, row_max, column_max, row, column, BR, BC)
+        note_input(n, input_scale, input_max, row, column, width, False, BR, BC, TMA)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,8 +69,7 @@ if has_triton():
     import triton
     import triton.language as tl
 
-    from tscale_kernels.attention import small_to_float
-    from tscale_kernels.codes import encode_tile
+    from tscale_kernels.codes import encode_tile, small_to_float
     from tscale_kernels.quantize import e4m3_bits, factor_of
 
     @triton.jit
