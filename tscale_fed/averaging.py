@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 
 import psutil
+import torch
 from torch import Tensor
 
 from tscale_fed.checkpoint import Checkpoint, CheckpointStore
+from tscale_fed.engine.engine import free_bytes
 from tscale_fed.home import Home
 from tscale_peers.assembly import RunTerms
 from tscale_peers.average import RunningAverage
@@ -21,13 +23,16 @@ from tscale_peers.packet_log import PacketLog
 
 AVERAGE_BYTES_PER_WEIGHT = 16
 FREE_MEMORY_PART = 0.25
-"""An average is kept if it takes at most this part of the memory that is free at the start."""
+"""An average is kept if it takes at most this part of the memory that is free at the start, of the device that has the basepoint: in other
+memory every packet would cross the bus while training waits."""
 _FACTS_PREFIX = "average_"
 
 
-def has_room(weights: int) -> bool:
-    """Is the host's memory large enough for an average of so many weights?"""
-    return weights * AVERAGE_BYTES_PER_WEIGHT <= FREE_MEMORY_PART * psutil.virtual_memory().available
+def has_room(weights: int, device: torch.device) -> bool:
+    """Is the memory of the basepoint's device large enough for an average of so many weights too?"""
+    on_device = free_bytes(device)
+    free = psutil.virtual_memory().available if on_device is None else on_device
+    return weights * AVERAGE_BYTES_PER_WEIGHT <= FREE_MEMORY_PART * free
 
 
 def average_of(run: RunTerms, replica: Replica, log: PacketLog, checkpoint: Checkpoint | None) -> RunningAverage:
@@ -41,7 +46,8 @@ def average_of(run: RunTerms, replica: Replica, log: PacketLog, checkpoint: Chec
         return None if body is None else Packet.decode(body, run.terms)
 
     manifest = run.manifest
-    average = RunningAverage(replica, manifest.average_window_s, manifest.average_cuts, read)
+    device = replica.device if has_room(replica.layout.size, replica.device) else torch.device("cpu")
+    average = RunningAverage(replica, manifest.average_window_s, manifest.average_cuts, read, device)
     if checkpoint is not None and "average_sum" in checkpoint.tensors:
         facts = {name.removeprefix(_FACTS_PREFIX): value for name, value in checkpoint.facts.items() if name.startswith(_FACTS_PREFIX)}
         average.restore(checkpoint.tensors, facts)

@@ -136,7 +136,7 @@ class EvalSection(Section, frozen=True):
     batches: Fragments = 4
     """Fixed batches per set (train and test)."""
     average: Literal["auto", "on", "off"] = "auto"
-    """Keep the running average of the basepoint here: 16 bytes per weight of the machine's memory. "auto": if that is free."""
+    """Keep the running average of the basepoint here: 16 bytes per weight of the memory that has the basepoint. "auto": if that is free."""
 
 
 class CheckpointSection(Section, frozen=True):

@@ -72,6 +72,10 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
         start = found.start if found.start is not None else _start_again(ground, found)
         if start is not None:
             replica.set_start(start)
+    # Before the engine plans with what memory is left.
+    wish = found.config.eval.average
+    wanted = wish == "on" or (wish == "auto" and has_room(replica.layout.size, where))
+    average = average_of(run, replica, log, checkpoint) if wanted else None
     with room_held(where, replica.layout.size):
         trainer = build_trainer(
             found.recipe, found.data, device, replica.weights(),
@@ -89,8 +93,6 @@ def build(ground: Ground, found: FoundRun, device: Device) -> Built:
     settings = PeerSettings(
         ground.name, arguments.role, tuple(arguments.bootstrap), ground.addresses, remembered, max_upload_bytes_s=arguments.max_upload
     )
-    wish = found.config.eval.average
-    average = average_of(run, replica, log, checkpoint) if wish == "on" or (wish == "auto" and has_room(replica.layout.size)) else None
     peer = assemble(
         run, ground.identity, ground.outside, replica=replica, weights=trainer.weights, log=log,
         stream=stream_number(ground.home, ground.outside.rng), settings=settings, board=ground.board, joined=not empty, saved=saved,

@@ -10,7 +10,8 @@ equal sets of packets give equal means. What this peer does at a cut is to add B
 later, and add to cuts that are past those that arrive later. (A mean of iterates needs no decayed rate: Polyak and Juditsky 1992; TScale
 tests and ships such means of its basepoints.)
 A window during whose time this peer replaced parts of B by a donor's snapshot has no mean here: the next one has.
-Two int64 sums are kept in host memory: 16 bytes per weight. Not thread-safe: it belongs to whoever applies packets.
+Two int64 sums are kept, 16 bytes per weight, beside the basepoint or, at a price in time, in host memory.
+Not thread-safe: it belongs to whoever applies packets.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ Read = Callable[[Key], Packet | None]
 
 
 class RunningAverage:
-    """One replica's mean. `window_s`, `cuts`: of the run, the same for all. `read`: the delta log."""
+    """One replica's mean. `window_s`, `cuts`: of the run, the same for all. `read`: the delta log. device: of the sums; None: that of B."""
 
-    def __init__(self, replica: Replica, window_s: float, cuts: int, read: Read) -> None:
+    def __init__(self, replica: Replica, window_s: float, cuts: int, read: Read, device: torch.device | None = None) -> None:
         if not (window_s > 0 and cuts >= 1):
             raise ValueError(f"a window of {window_s} s with {cuts} cuts means nothing")
         self.cuts = cuts
@@ -47,8 +48,8 @@ class RunningAverage:
         """Cuts are numbered from 1970. None: none was due yet."""
         self._valid_from = 0
         """First cut that this peer's B can be trusted for."""
-        self._sum = torch.zeros(replica.layout.size, dtype=torch.int64)
-        self._finished = torch.zeros(replica.layout.size, dtype=torch.int64)
+        self._sum = torch.zeros(replica.layout.size, dtype=torch.int64, device=device or replica.device)
+        self._finished = torch.zeros_like(self._sum)
         self._ahead: dict[Key, int] = {}
         """Packets in B dated after the next cut, with the first cut that they belong to."""
         self._overflowed = False
@@ -98,7 +99,7 @@ class RunningAverage:
         cut = self._next_cut
         assert cut is not None
         with self._replica.lock:
-            self._sum.add_(self._replica.basepoint.cpu())
+            self._sum.add_(self._replica.basepoint.to(self._sum.device))
         for key in [key for key, first in self._ahead.items() if first <= cut]:
             del self._ahead[key]
         for key in self._ahead:
@@ -128,7 +129,7 @@ class RunningAverage:
         flat = torch.empty(self._replica.layout.size, dtype=torch.float32)
         for chunk in self._replica.layout.chunks:
             for s in chunk.segments:
-                units = chunk.of(self._finished)[s.start : s.stop].to(torch.float64)
+                units = chunk.of(self._finished)[s.start : s.stop].to("cpu", torch.float64)
                 chunk.of(flat)[s.start : s.stop].copy_(units.mul_(s.unit / self.cuts))
         return flat
 
@@ -138,7 +139,7 @@ class RunningAverage:
             return b""
         hasher = blake3(self.finished_window.to_bytes(8, "little"))
         for chunk in self._replica.layout.chunks:
-            hasher.update(chunk.of(self._finished).numpy().astype("<i8", copy=False).tobytes())
+            hasher.update(chunk.of(self._finished).cpu().numpy().astype("<i8", copy=False).tobytes())
         return hasher.digest()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ class RunningAverage:
         facts = {"next_cut": -1 if self._next_cut is None else self._next_cut, "valid_from": self._valid_from}
         facts["finished_window"] = -1 if self.finished_window is None else self.finished_window
         facts["complete"] = int(not self._overflowed and not self._ahead)
-        return {"average_sum": self._sum.clone(), "average_finished": self._finished.clone()}, facts
+        return {"average_sum": self._sum.to("cpu", copy=True), "average_finished": self._finished.to("cpu", copy=True)}, facts
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, int]) -> None:
         """Continue from `state`, together with the replica of that moment. Raises Refused("bad-checkpoint")."""
@@ -156,7 +157,7 @@ class RunningAverage:
         sums = (tensors["average_sum"], tensors["average_finished"])
         if any(values.shape != shape or values.dtype != torch.int64 for values in sums):
             raise refuse("bad-checkpoint", "the checkpoint's running average does not fit this run")
-        self._sum, self._finished = sums
+        self._sum, self._finished = (values.to(self._sum.device) for values in sums)
         self._next_cut = None if facts["next_cut"] < 0 else facts["next_cut"]
         self._valid_from = facts["valid_from"]
         self.finished_window = None if facts["finished_window"] < 0 else facts["finished_window"]
@@ -178,6 +179,6 @@ class RunningAverage:
         if times == 0:
             return
         chunk = self._replica.layout.chunks[packet.chunk]
-        moved = torch.zeros(chunk.size, dtype=torch.int32)
+        moved = torch.zeros(chunk.size, dtype=torch.int32, device=self._replica.device)
         packet.delta.add_to(moved)
-        chunk.of(sums).add_(moved, alpha=times)
+        chunk.of(sums).add_(moved.to(sums.device), alpha=times)
