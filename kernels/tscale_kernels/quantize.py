@@ -7,10 +7,9 @@ row_max[t] = max_n |g[t, n]| segment_unit(n) and column_max[n] = max_t |g[t, n]|
 and the token weights cancel against those of the inputs (`balance.py`, `transpose.py`). Segments are the joined matrices of a projection.
 
 Codes of int8 are dithered in fixed point: v is rounded to 1/256, a byte of noise is added, the fraction is cut off, so the mean of a code
-is v to 1/512. One 32-bit hash gives the four bytes that two neighbouring channels need (`dither.py`, counting pairs): hashes of their own
-for both codes of a number would take longer than the memory traffic (63 M numbers: 85 us of integer instructions on an H100, 84 us of
-bytes). e4m3 is rounded to nearest even; bf16 codes have unit 1. A row or column below 1e-30 gets codes 0; a maximum that is NaN or infinite
-makes its unit so.
+is v to 1/512. One 32-bit hash gives the four bytes that two neighbouring channels need (`dither.py`, counting pairs): a hash for each would
+take longer than the memory traffic. e4m3 is rounded to nearest even; bf16 codes have unit 1. A row or column below 1e-30 gets codes 0; a
+maximum that is NaN or infinite makes its unit so.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tscale_kernels.launch_table import fitted, launch
 _FRACTION = 256.0
 _SMALLEST_MAXIMUM = 1e-30
 _INT8_PEAK = 126.5
-"""Half a code below the largest, so that maxima found before g was rounded to bf16 (too small by 2**-9 at most) cannot overflow a code."""
+"""Half a code below the largest: maxima found before g was rounded to bf16, too small by 2**-9 at most, cannot overflow a code."""
 
 
 def quantizer_peak(dtype: torch.dtype) -> float:

@@ -260,7 +260,7 @@ def through_relu_norm(setting: Setting, code: torch.dtype) -> Case:
     )
 
 
-def through_norm_add(setting: Setting, code: torch.dtype, depth: int, stream: torch.dtype) -> Case:
+def through_norm_add(setting: Setting, code: torch.dtype, depth: int, stream: torch.dtype = torch.float32) -> Case:
     rows, columns = setting.sizes.rows, setting.sizes.width
     b = backwards(setting, code, columns, depth)
     dx = setting.gradients(rows, columns, stream)
@@ -296,13 +296,8 @@ CASES: dict[str, Callable[[Setting], Case]] = {
 
 
 def _add_quantisers(name: str, code: torch.dtype) -> None:
-    gradient, other = (torch.float32, torch.bfloat16) if code == torch.bfloat16 else (torch.bfloat16, torch.float32)  # as the engine
-
     def stream(setting: Setting) -> Case:
-        return rows_and_transpose(setting, code, setting.sizes.width, gradient, 1)
-
-    def other_stream(setting: Setting) -> Case:
-        return replace(rows_and_transpose(setting, code, setting.sizes.width, other, 1), timed=False)
+        return rows_and_transpose(setting, code, setting.sizes.width, torch.float32, 1)
 
     def up(setting: Setting) -> Case:
         return rows_and_transpose(setting, code, setting.sizes.ffn_width, torch.bfloat16, 1)
@@ -316,11 +311,10 @@ def _add_quantisers(name: str, code: torch.dtype) -> None:
     CASES[f"to_input {name}"] = partial(to_input, code=code)
     CASES[f"to_input {name} coded"] = partial(to_input_coded, code=code)
     CASES[f"through_relu_norm {name}"] = partial(through_relu_norm, code=code)
-    CASES[f"through_norm_add {name} up"] = lambda setting: through_norm_add(setting, code, setting.sizes.ffn_width, gradient)
-    CASES[f"through_norm_add {name} joined"] = lambda setting: through_norm_add(setting, code, 4 * setting.sizes.attention_width, gradient)
-    CASES[f"through_norm_add {name} other stream"] = lambda setting: through_norm_add(setting, code, setting.sizes.ffn_width, other)
+    CASES[f"through_norm_add {name} up"] = lambda setting: through_norm_add(setting, code, setting.sizes.ffn_width)
+    CASES[f"through_norm_add {name} joined"] = lambda setting: through_norm_add(setting, code, 4 * setting.sizes.attention_width)
+    CASES[f"through_norm_add {name} bf16 stream"] = lambda setting: through_norm_add(setting, code, setting.sizes.ffn_width, torch.bfloat16)
     CASES.update({f"rows_and_transpose {name} {what.__name__}": what for what in (stream, up, joined)})
-    CASES[f"rows_and_transpose {name} other stream"] = other_stream
     CASES[f"rows_and_transpose {name} joined packed"] = lambda setting: packed(joined(setting))
 
 

@@ -44,7 +44,7 @@ def build_engine(
     fragments  of a whole step, each of `tokens` tokens; micro_batch = how many at once, 0 = chosen from free memory
     doc_start_token  token that attention does not look across; None = documents are not told apart
     plan       auto, keep (saved states of all layers) or recompute (only layer inputs)
-    stream     dtype of the state between layers: float32, or bfloat16 for measuring (its gradient is bfloat16 beside 8-bit codes)
+    stream     dtype of the state and of its gradient between layers: float32, or bfloat16 for measuring
     optimizer_place  device, host (weights and momentum in the machine's memory: host_memory.py) or auto
     graphs     CUDA graphs; None = on CUDA
     backend    forces "ref" or "triton" for all operations (the interpreter: "triton" on the CPU with TRITON_INTERPRET=1)
