@@ -21,7 +21,8 @@ class EventQueue:
         self.refused: Counter[str] = Counter()
         """How often each code was refused since the start; counts on when refusal events are no longer queued."""
         self._events: deque[Event] = deque()
-        self._arrived = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """Whoever waits in `get`."""
         self._roomy = asyncio.Event()
         self._roomy.set()
         self._frames = 0
@@ -47,7 +48,7 @@ class EventQueue:
             if self._frames > limits.UNREAD_FRAMES or self._bytes > limits.UNREAD_BYTES:
                 self._roomy.clear()
         self._events.append(event)
-        self._arrived.set()
+        self._wake()
 
     def refuse(self, peer: PeerId | None, code: str, detail: str) -> None:
         """Count a refusal and show it, as long as somebody reads."""
@@ -63,8 +64,8 @@ class EventQueue:
                 raise self._failure
             if self._closed:
                 raise Refused("closed")
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         event = self._events.popleft()
         if isinstance(event, Frame):
             self._frames -= 1
@@ -79,11 +80,15 @@ class EventQueue:
         """Hand an unexpected error of a background task to whoever reads events."""
         if self._failure is None:
             self._failure = error
-        self._arrived.set()
+        self._wake()
         self._roomy.set()
 
     def close(self) -> None:
         """No more events will come."""
         self._closed = True
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
         self._roomy.set()

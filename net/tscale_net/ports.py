@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 PeerId = str
 """libp2p peer id of an Ed25519 key: base58btc, 52 characters, starts with 12D3KooW."""
@@ -54,8 +54,7 @@ class LinkDown:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One application message of an authenticated peer, within the size limits."""
 
     peer: PeerId

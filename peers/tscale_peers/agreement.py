@@ -26,6 +26,10 @@ class Agreement:
         self._hashes: OrderedDict[bytes, bytes] = OrderedDict()
         """Of own states, by digest, oldest first, as of the newest `_recent`."""
 
+    def __len__(self) -> int:
+        """Peers of which anything is remembered."""
+        return len(self.agreeing.keys() | self.differing.keys())
+
     def forget(self, is_known: Callable[[PeerId], bool]) -> None:
         """Keep only peers that are still known."""
         for peers in (self.agreeing, self.differing):

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from tscale_peers import limits
 from tscale_peers.capacity import Capacity
 
 
-@dataclass(frozen=True, slots=True)
-class LinkOf:
+class LinkOf(NamedTuple):
     """What a live peer says of itself. bytes_per_s 0: it knows no bound."""
 
     name: str

@@ -266,7 +266,8 @@ class Gossip:
             due |= self._more_at
             self._more_at = {}
         if now >= self._compare_at:
-            self._compare_at = now + limits.anti_entropy_s * (0.5 + self._rng.random())
+            mean_s = limits.anti_entropy_s * (2 if len(self._neighbours) >= limits.links_target else 1)
+            self._compare_at = now + mean_s * (0.5 + self._rng.random())
             if self._neighbours:
                 due[self._rng.choice(sorted(self._neighbours))] = None
         return list(due)

@@ -30,7 +30,9 @@ class Herald:
         self._renew_at = 0.0
         self._renewed_at = 0.0
         self._stated: set[PeerId] = set()
-        self._tell_at = 0.0
+        self._told_at = 0.0
+        self.has_more = False
+        """More was untold than one message to each neighbour holds."""
         self._outdone = False
 
     def outdone_by(self, record: PeerRecord) -> bool:
@@ -43,7 +45,14 @@ class Herald:
     def due(self, linked: set[PeerId]) -> bool:
         """Is it time for a new word? A change of links since the last one is told soon."""
         now = self._clock.now()
-        return now >= self._renew_at or (linked != self._stated and now >= self._renewed_at + limits.links_renewed_s)
+        if now >= self._renew_at:
+            return True
+        pause_s = max(limits.links_renewed_s, self._membership.heartbeat_s() / limits.links_renewed_parts)
+        return now >= self._renewed_at + pause_s and linked != self._stated
+
+    def renew_soon(self) -> None:
+        """The newest word lacks something that matters."""
+        self._renew_at = 0.0
 
     def renew(self, record: PeerRecord, linked: set[PeerId]) -> None:
         """Take up `record` (with `incarnation` and the next `seq` of this herald) as the newest word; `linked`: whose links it states."""
@@ -52,19 +61,23 @@ class Herald:
         self._renew_at = now + self._membership.heartbeat_s() * (0.9 + 0.2 * self._rng.random())
         self.seq = record.seq
         self._membership.learn(seal(record, self._sign), now)
+        self._membership.urgent |= record.leaving
 
     def tell_if_due(self, linked: Iterable[PeerId]) -> None:
         """Tell what was gathered, once in a part of a heartbeat; at once if somebody has come or leaves."""
         now = self._clock.now()
-        if self._membership.urgent or now >= self._tell_at:
+        heartbeat_s = self._membership.heartbeat_s()
+        may = now >= self._told_at + heartbeat_s / limits.urgent_parts
+        if self.has_more or now >= self._told_at + heartbeat_s / limits.heartbeat_parts or (self._membership.urgent and may):
             self._membership.urgent = False
-            self._tell_at = now + self._membership.heartbeat_s() / limits.heartbeat_parts
+            self._told_at = now
             self.tell(linked)
 
     def tell(self, linked: Iterable[PeerId]) -> None:
         """Send each neighbour the records that it was not told yet."""
+        self.has_more = False
         for peer in sorted(linked):
             news = self._membership.news_for(peer)
             if news:
                 self._transport.send(peer, RECORDS, msgspec.msgpack.encode(Records(news)))
-                self._membership.urgent |= self._membership.has_more_for(peer)
+                self.has_more |= self._membership.has_more_for(peer)

@@ -101,16 +101,18 @@ heartbeat_per_peer_s = 1.0
 """In large ones once per this times the number of peers: record traffic stays about one record a second over each link."""
 links_renewed_s = 2.0
 """A change of links is stated this soon: a peer that comes or goes changes several links at once."""
-heartbeat_parts = 4
+heartbeat_parts = 3
 """News of others is gathered for this part of a heartbeat before it is told on: it then takes about a heartbeat through any swarm."""
 record_tellers = 3
 """Of a peer's neighbours, the number that tell it of a third one's new record, others than its author: each record anew chosen by its bytes.
 Who misses one by chance hears the next; news that cannot wait is told by all."""
 links_renewed_parts = 16
 """Of a heartbeat, likewise, in large swarms."""
-urgent_parts = 64
+urgent_parts = 16
 """Of a heartbeat: news that cannot wait (who comes, who goes) is gathered for so long, or for `tick_s` if that is longer."""
 suspect_s = 7.0
+suspect_parts = 4
+"""Of a heartbeat, if that is longer: what others state of a newcomer's links takes some seconds through a large swarm."""
 dead_s = 15.0
 """Without any chain of links. A killed peer's links are reset at once, or fall silent for 14 s; stalls of 5 s break no link."""
 dead_heartbeats = 6.0
@@ -118,6 +120,8 @@ dead_heartbeats = 6.0
 is no accident."""
 states_remembered = 512
 """Own (digest, hash) pairs that others' records are compared with: a record of a large swarm may be half a minute and many states old."""
+records_read = 512
+"""Records kept as read, for whoever is given the same bytes again: 2 MB at most."""
 records_journal = 4096
 """News of peers that some neighbour was not told yet, before the neighbours' own lists are brought up to date: 32 KiB."""
 links_target = 8
@@ -136,8 +140,8 @@ tick_s = 0.25
 """News for neighbours is gathered for so long: many packets share one announcement, and nothing runs while there is no news."""
 house_s = 1.0
 """What has no event of its own is looked after this often: who is alive, whom to dial, deadlines, whether the uplink is free."""
-house_large_peers = 32
-"""From so many peers on it is looked after half as often: there is more to look at, and each peer matters less."""
+house_large_peers, house_most = 16, 4.0
+"""From so many peers on, more rarely in proportion, up to so many times: there is more to look at, and each matters less."""
 share_s = 5.0
 """The share and the pace are worked out anew this often, and when somebody comes or goes: rates are averages over 30 s."""
 push_fanout = 3
@@ -145,7 +149,8 @@ push_fanout = 3
 push_max_bytes = 64 << 10
 """Larger publications are announced and pulled: pushing them would send many bytes twice."""
 anti_entropy_s = 5.0
-"""Mean time between comparisons with a random neighbour; a digest costs 50 bytes."""
+"""Mean time between comparisons with a random neighbour; a digest costs 50 bytes. With `links_target` neighbours, who do the same, twice
+that."""
 anti_entropy_keys = 4096
 """Packets taken up from one comparison; the next one brings the rest."""
 want_timeout_s = 15.0

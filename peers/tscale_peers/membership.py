@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tscale_net.errors import Refused
+from tscale_net.identity import public_key_of
 from tscale_net.ports import PeerId, Rng
 from tscale_peers import limits
 from tscale_peers.allowance import Allowance
 from tscale_peers.reach import Reach
-from tscale_peers.record_news import RecordNews
+from tscale_peers.record_news import FOR_ALL, RecordNews
 from tscale_peers.records import Heard, PeerRecord, RecordBook
 
 
@@ -54,6 +55,10 @@ class Membership:
         self._news = RecordNews()
         self._reach = Reach(me)
         self._linked: set[PeerId] = set()
+        self.links_changed = 0
+        """Counts how often own links came or went."""
+        self._live: list[PeerId] = []
+        """Sorted."""
         self._there_at: dict[PeerId, float] = {}
         """When a chain of links last led to each peer."""
         self._silent: set[PeerId] = set()
@@ -62,8 +67,9 @@ class Membership:
         """A record was learned that others should hear of at once: of a newcomer, of one that leaves, or with other links than before.
         Cleared by who tells it."""
         self._links_version = 0
-        self.live_count = 0
-        """Others that were live at the last tick."""
+        self._node = public_key_of(me)[: limits.node_bytes]
+        self._longest_silence_s = limits.dead_s
+        self._suspect_s = limits.suspect_s
         self._judge_at = 0.0
         """Nobody's state changes before this time, unless news comes of a peer that is not live."""
 
@@ -79,7 +85,7 @@ class Membership:
         known = self.book.author_of(sealed)
         record = self.book.learn(sealed, now, wall) if known is None else None
         if record is not None:
-            self._note(record)
+            self._note(record, sealed)
             known = record.peer
         if source is not None:
             if known is not None:
@@ -89,19 +95,27 @@ class Membership:
                 self._news.tell(source, [source])
         return record
 
-    def _note(self, record: PeerRecord) -> None:
+    def _note(self, record: PeerRecord, sealed: bytes) -> None:
         peer = record.peer
-        self._news.learned(peer)
-        if self.book.links_version != self._links_version:
-            self._links_version = self.book.links_version
-            self.urgent = True
-        if peer != self.me and (record.leaving or self._state.get(peer) is not State.LIVE):
-            self.urgent = True
+        moved = self.book.links_version != self._links_version
+        self._links_version = self.book.links_version
+        changes = peer != self.me and (record.leaving or self._state.get(peer) is not State.LIVE)
+        self._news.learned(peer, FOR_ALL if moved or changes or peer == self.me else sealed[0])
+        self.urgent |= moved or changes
+        if changes:
             self._judge_at = 0.0
+        if peer in self._linked and moved:
+            self._share_turns(peer, record)
+
+    def _share_turns(self, peer: PeerId, record: PeerRecord) -> None:
+        """Who tells this neighbour what, by the links that it states; a list that is full does not name all."""
+        names_all = self._node in record.links and len(record.links) < limits.record_max_links
+        self._news.share_turns(peer, record.links.index(self._node) if names_all else 0, len(record.links) if names_all else 0)
 
     def link_up(self, peer: PeerId) -> None:
         """A new neighbour is told of this peer, and of all others once it speaks: a newcomer that still fetches data would not hear it."""
         self._linked.add(peer)
+        self.links_changed += 1
         self._news.link_up(peer, [self.me])
         self._silent.add(peer)
         self._told_by[peer] = Allowance(limits.records_per_s, limits.records_burst)
@@ -111,10 +125,11 @@ class Membership:
         """A neighbour has sent records; the first time on its link it is told everything."""
         if peer in self._silent:
             self._silent.discard(peer)
-            self._news.tell(peer, [heard.record.peer for heard in self.book.all() if heard.record.peer != peer])
+            self._news.tell(peer, [other for other, _ in self.book.items() if other != peer])
 
     def link_down(self, peer: PeerId) -> None:
         self._linked.discard(peer)
+        self.links_changed += 1
         self._news.link_down(peer)
         self._silent.discard(peer)
         self._told_by.pop(peer, None)
@@ -139,41 +154,40 @@ class Membership:
 
     def tick(self, now: float) -> list[Change]:
         """Re-judge everybody, if anybody's state can have changed; returns what changed since the last tick."""
-        moved = self._reach.update(self.book, self._linked)
+        moved = self._reach.update(self.book, self._linked, self.links_changed)
         if not moved and now < self._judge_at:
             return []
         self._forget_the_forgotten()
         changes = []
         self._judge_at = now + limits.dead_s
-        for heard in self.book.all():
-            peer = heard.record.peer
+        heartbeat_s = self.heartbeat_s()
+        self._longest_silence_s = max(limits.dead_s, limits.dead_heartbeats * heartbeat_s)
+        self._suspect_s = min(max(limits.suspect_s, heartbeat_s / limits.suspect_parts), limits.dead_s)
+        for peer, heard in self.book.items():
             if peer == self.me:
                 continue
-            after = self._judge(heard, now)
+            after = self._judge(peer, heard, now)
             before = self._state.get(peer)
             if after is not before:
                 self._state[peer] = after
                 changes.append(Change(peer, heard.record.name, before, after))
-        self.live_count = sum(state is State.LIVE for state in self._state.values())
+        if changes:
+            self._live = sorted(peer for peer, state in self._state.items() if state is State.LIVE)
         return changes
 
-    def _judge(self, heard: Heard, now: float) -> State:
+    def _judge(self, peer: PeerId, heard: Heard, now: float) -> State:
         """The state now; `_judge_at` is set to when it may change by itself."""
-        peer = heard.record.peer
         if heard.record.leaving:
             return State.LEFT
-        if peer in self._reach.peers and now - heard.heard_at < self._longest_silence_s():
+        if peer in self._reach.peers and now - heard.heard_at < self._longest_silence_s:
             self._there_at[peer] = now
             return State.LIVE
         silent_s = now - max(heard.heard_at, self._there_at.get(peer, heard.heard_at))
         if silent_s >= limits.dead_s:
             return State.DEAD
-        is_suspect = silent_s >= limits.suspect_s
-        self._judge_at = min(self._judge_at, now - silent_s + (limits.dead_s if is_suspect else limits.suspect_s))
+        is_suspect = silent_s >= self._suspect_s
+        self._judge_at = min(self._judge_at, now - silent_s + (limits.dead_s if is_suspect else self._suspect_s))
         return State.SUSPECT if is_suspect else State.LIVE
-
-    def _longest_silence_s(self) -> float:
-        return max(limits.dead_s, limits.dead_heartbeats * self.heartbeat_s())
 
     def _forget_the_forgotten(self) -> None:
         if len(self._state) >= len(self.book):  # all but this peer itself have a state
@@ -182,9 +196,14 @@ class Membership:
                 self._there_at.pop(forgotten, None)
                 self._news.forget(forgotten)
 
+    @property
+    def live_count(self) -> int:
+        """Others that were live at the last tick."""
+        return len(self._live)
+
     def live(self) -> list[PeerRecord]:
         """Records of the others that are live, in a fixed order."""
-        return [self._record(p) for p, s in sorted(self._state.items()) if s is State.LIVE and p in self.book]
+        return [heard.record for peer in self._live if (heard := self.book.get(peer)) is not None]
 
     def own_record(self) -> PeerRecord | None:
         """This peer's newest word about itself."""

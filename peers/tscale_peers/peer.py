@@ -26,20 +26,19 @@ from tscale_peers.intake import Intake
 from tscale_peers.leaving import hand_over
 from tscale_peers.measured import NOT_MEASURED
 from tscale_peers.meeting import MeetingPoint, Met
-from tscale_peers.membership import Change, Membership, State
+from tscale_peers.membership import Membership
 from tscale_peers.messages import CONTRIBUTION, GOSSIP_KINDS, PACKET, RECORDS, decode_records
 from tscale_peers.notices import NoticeBoard
+from tscale_peers.own_record import own_record
 from tscale_peers.packet import Key
 from tscale_peers.pulse import Pulse
 from tscale_peers.records import PeerRecord, RecordBook, author_of
 from tscale_peers.share import CountedRate, RateAverage, share
-from tscale_peers.spreading import Spreading, node_of
+from tscale_peers.spreading import Spreading
 from tscale_peers.surroundings import Author, Outside, PeerSettings
 from tscale_peers.traffic import Traffic
 
 T = TypeVar("T")
-
-_STATE_WORDS = {State.LIVE: "is here", State.SUSPECT: "is not heard of lately", State.DEAD: "is gone", State.LEFT: "left"}
 
 
 class SwarmPeer:
@@ -156,10 +155,10 @@ class SwarmPeer:
         for key in self._intake.recount(self.meeting.replica):
             self.meeting.offer(key)
 
-    def share(self) -> float:
+    def share(self, live: Sequence[PeerRecord] | None = None) -> float:
         """phi: this peer's part of the live peers' tokens per second. Neighbours not heard of yet count as being as fast as this one: a
         newcomer that hears nobody's rate yet must not take itself for alone."""
-        live = self.membership.live()
+        live = self.membership.live() if live is None else live
         unheard = len(self.linked - {r.peer for r in live})
         return share(self.rate.per_s, [r.tokens_per_s for r in live] + [self.rate.per_s] * unheard)
 
@@ -301,21 +300,20 @@ class SwarmPeer:
         if met.published:
             self._spread(met)
         if met.given_bytes:
-            self._give(met)
+            self._note_published(met.given_bytes, "delta to owners")
+            self.spreading.send_own(met.given)
+            self._want_flush()
         if met.sums:
             self._announce(met.sums)
         if met.state is not None:
+            if not self._state[0]:
+                self.herald.renew_soon()  # the first word of a newcomer cannot name a state, and who names none owns no chunks
             self._state = met.state
         self._tokens.note(met.progress.tokens, self.met_at)
 
     def _spread(self, met: Met) -> None:
         self._note_published(sum(len(body) for _, body in met.published), f"delta {met.published[0][0][1]}")
         self._announce(met.published)
-
-    def _give(self, met: Met) -> None:
-        self._note_published(met.given_bytes, "delta to owners")
-        self.spreading.send_own(met.given)
-        self._want_flush()
 
     def _note_published(self, size: int, what: str) -> None:
         self.published += 1
@@ -337,6 +335,8 @@ class SwarmPeer:
     def announce(self) -> None:
         """Tell neighbours what is news to them, and send what can go out."""
         self.herald.tell_if_due(self.linked)
+        if self.herald.has_more:
+            self.pulse.news()
         self._do(self.gossip.tick(self.outside.clock.now()))
         self.flush()
 
@@ -353,45 +353,9 @@ class SwarmPeer:
         typical = self.published_bytes / chunks or float(self.meeting.exchange.terms.max_packet_bytes)
         return bucket is None or bucket.try_borrow(typical)
 
-    def show_waiting(self) -> None:
-        """Sums and contributions that could not be made."""
-        refused = self.spreading.summing.refused
-        while refused:
-            self.board.refuse(refused.popleft(), "my own sums")
-
-    def show(self, changes: Sequence[Change]) -> None:
-        """Say who has come and gone."""
-        for change in changes:
-            again = change.before is State.SUSPECT and change.after is State.LIVE
-            self.board.tell("peers", f"{change.name} {'is heard of again' if again else _STATE_WORDS[change.after]}")
-
     def renew_record(self) -> None:
         """State anew what this peer is and does."""
-        progress = self.meeting.last_progress
-        record = PeerRecord(
-            run=self.run_id,
-            public_key=self.author.public_key,
-            incarnation=self.herald.incarnation,
-            seq=self.herald.seq + 1,
-            created_unix=self.outside.clock.wall(),
-            name=self.settings.name[: limits.record_max_name_chars],
-            role=self.settings.role,
-            addresses=self.settings.addresses[: limits.record_max_addresses],
-            step=progress.steps,
-            batches=self.swarm_batches(),
-            tokens=progress.tokens,
-            tokens_per_s=self.rate.per_s,
-            train_loss=progress.train_loss,
-            digest=self._state[0],
-            hash=self._state[1],
-            leaving=self.leaving,
-            down_bytes_per_s=self.pacer.down.bytes_per_s or 0.0,
-            eval_batches=self.measured.batches,
-            eval_loss=self.measured.loss,
-            average_loss=self.measured.average_loss,
-            links=tuple(sorted(map(node_of, self.linked))[: limits.record_max_links]),
-        )
-        self.herald.renew(record, self.linked)
+        self.herald.renew(own_record(self), self.linked)
 
     # -- actions -----------------------------------------------------------------------------------------------------
 

@@ -8,13 +8,18 @@ is nothing, nothing runs.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tscale_peers import limits
 from tscale_peers.cadence import LinkOf, Standing
+from tscale_peers.membership import Change, State
+from tscale_peers.records import PeerRecord
 
 if TYPE_CHECKING:
     from tscale_peers.peer import SwarmPeer
+
+_STATE_WORDS = {State.LIVE: "is here", State.SUSPECT: "is not heard of lately", State.DEAD: "is gone", State.LEFT: "left"}
 
 
 class Pulse:
@@ -46,24 +51,27 @@ class Pulse:
     async def _keep_house(self, tasks: asyncio.TaskGroup) -> None:
         while True:
             self._look_after(tasks)
-            await self._clock.sleep(limits.house_s)
+            large = len(self._peer.membership.book) / limits.house_large_peers
+            await self._clock.sleep(limits.house_s * min(max(1.0, large), limits.house_most))
 
     def _look_after(self, tasks: asyncio.TaskGroup) -> None:
         peer, now = self._peer, self._clock.now()
         changes = peer.membership.tick(now)
         if changes:
-            peer.show(changes)
+            self._show(changes)
+        if len(peer.agreement) > len(peer.membership.book):
             peer.agreement.forget(peer.membership.book.__contains__)
         if peer.herald.due(peer.linked):
             peer.renew_record()
         if not peer.leaving:
             peer.dialler.tick(peer.linked, tasks)
         peer.spreading.tick(peer.membership, peer.linked, peer.rate.per_s > 0, peer.leaving, bool(changes))
-        peer.show_waiting()
+        self._show_waiting()
         if changes or now >= self._share_at:
-            self._share_at = now + limits.share_s
-            peer.meeting.share = peer.share()
-            self._choose_pace()
+            self._share_at = now + max(limits.share_s, peer.membership.heartbeat_s() / limits.heartbeat_parts)
+            live = peer.membership.live()
+            peer.meeting.share = peer.share(live)
+            self._choose_pace(live)
         self._measure(now)
         self.consider_publishing(now)
         peer.retry_refused(now)
@@ -73,6 +81,18 @@ class Pulse:
         need = peer.gossip.unobtainable()
         if need is not None:
             peer.reload_chunks(need)
+
+    def _show(self, changes: Sequence[Change]) -> None:
+        """Say who has come and gone."""
+        for change in changes:
+            again = change.before is State.SUSPECT and change.after is State.LIVE
+            self._peer.board.tell("peers", f"{change.name} {'is heard of again' if again else _STATE_WORDS[change.after]}")
+
+    def _show_waiting(self) -> None:
+        """Sums and contributions that could not be made."""
+        refused = self._peer.spreading.summing.refused
+        while refused:
+            self._peer.board.refuse(refused.popleft(), "my own sums")
 
     # -- meetings without training -----------------------------------------------------------------------------------
 
@@ -112,9 +132,9 @@ class Pulse:
         live = 1 + peer.membership.live_count
         peer.pacer.measure(Standing(peer.traffic.down_bytes, peer.traffic.up_bytes, backlog, unheld, chunks, live), now)
 
-    def _choose_pace(self) -> None:
+    def _choose_pace(self, live: Sequence[PeerRecord]) -> None:
         """See what the links of those who do the work allow."""
         peer = self._peer
         own = LinkOf(peer.settings.name, peer.pacer.down.bytes_per_s or 0.0, peer.rate.per_s)
-        others = [LinkOf(r.name, r.down_bytes_per_s, r.tokens_per_s) for r in peer.membership.live()]
+        others = [LinkOf(r.name, r.down_bytes_per_s, r.tokens_per_s) for r in live]
         peer.pacer.choose(peer.published_bytes, peer.spreading.payloads(len(others)), own, others)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from tscale_net.ports import PeerId
 from tscale_peers import limits
-from tscale_peers.records import Heard, RecordBook
+from tscale_peers.records import RecordBook
 
 Node = bytes
 """First bytes of a public key."""
@@ -24,41 +24,41 @@ class Reach:
 
     def __init__(self, me: PeerId) -> None:
         self._me = me
-        self._seen: tuple[int, frozenset[PeerId]] | None = None
+        self._seen: tuple[int, int] | None = None
         self.peers: frozenset[PeerId] = frozenset()
 
-    def update(self, book: RecordBook, linked: Iterable[PeerId]) -> bool:
-        """Take in the present links and records; True if they have changed since the last call."""
-        seen = (book.links_version, frozenset(linked))
+    def update(self, book: RecordBook, linked: Iterable[PeerId], links_changed: int) -> bool:
+        """Take in the present links and records; True if they have changed since the last call, as the counts of changes tell."""
+        seen = (book.links_version, links_changed)
         if seen == self._seen:
             return False
         self._seen = seen
-        self.peers = _reached(self._me, book, seen[1])
+        self.peers = _reached(self._me, book, frozenset(linked))
         return True
 
 
 def _reached(me: PeerId, book: RecordBook, linked: frozenset[PeerId]) -> frozenset[PeerId]:
-    at = {heard.record.public_key[: limits.node_bytes]: heard for heard in book.all()}
+    at = {heard.record.public_key[: limits.node_bytes]: (peer, heard.record.links) for peer, heard in book.items()}
     also = _left_out(at)
     reached: set[PeerId] = set(linked)
-    waiting = [heard for peer in linked if (heard := book.get(peer)) is not None]
+    waiting = [(peer, heard.record.links) for peer in linked if (heard := book.get(peer)) is not None]
     while waiting:
-        heard = waiting.pop()
-        for node in (*heard.record.links, *also.get(heard.record.peer, ())):
+        peer, links = waiting.pop()
+        for node in (*links, *also.get(peer, ())):
             far = at.get(node)
-            if far is not None and far.record.peer not in reached and far.record.peer != me:
-                reached.add(far.record.peer)
+            if far is not None and far[0] not in reached and far[0] != me:
+                reached.add(far[0])
                 waiting.append(far)
     return frozenset(reached)
 
 
-def _left_out(at: dict[Node, Heard]) -> dict[PeerId, list[Node]]:
+def _left_out(at: dict[Node, tuple[PeerId, tuple[Node, ...]]]) -> dict[PeerId, list[Node]]:
     """For peers whose records are full of links: those who state a link to them."""
-    full = {node: heard.record.peer for node, heard in at.items() if len(heard.record.links) >= limits.record_max_links}
+    full = {node: peer for node, (peer, links) in at.items() if len(links) >= limits.record_max_links}
     also: dict[PeerId, list[Node]] = {}
     if full:
-        for node, heard in at.items():
-            for far in heard.record.links:
+        for node, (_, links) in at.items():
+            for far in links:
                 if far in full:
                     also.setdefault(full[far], []).append(node)
     return also

@@ -90,16 +90,23 @@ def read_unverified(data: bytes, run: bytes) -> tuple[PeerRecord, bytes, bytes]:
     """(record, signed body, signature), checked in every way but the signature. Raises Refused: "bad-record", "wrong-run"."""
     if not SIGNATURE_BYTES < len(data) <= limits.record_max_bytes:
         raise Refused("bad-record", f"a peer record of {len(data)} bytes")
-    signature, body = data[:SIGNATURE_BYTES], data[SIGNATURE_BYTES:]
+    record, body = _read(data)
+    if record.run != run:
+        raise Refused("wrong-run", "a peer record of another run")
+    return record, body, data[:SIGNATURE_BYTES]
+
+
+@lru_cache(limits.records_read)
+def _read(data: bytes) -> tuple[PeerRecord, bytes]:
+    """(record, signed body). The same bytes are often read again at once, and by all peers of a simulation."""
+    body = data[SIGNATURE_BYTES:]
     try:
         record = _decoder.decode(body)
     except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise Refused("bad-record", f"a peer record that cannot be read: {error}") from None
     if not _plausible(record):
         raise Refused("bad-record", "a peer record with a field out of range")
-    if record.run != run:
-        raise Refused("wrong-run", "a peer record of another run")
-    return record, body, signature
+    return record, body
 
 
 def open_sealed(data: bytes, run: bytes, verify: Verify) -> PeerRecord:
@@ -155,7 +162,7 @@ class RecordBook:
         """Bytes of the records in the book: most of what neighbours tell is known, and need not be read again."""
         self.pinned: set[PeerId] = set()
         self.links_version = 0
-        """Counts how often the links that peers state, or who is in the book, have changed."""
+        """Counts how often it has changed who is in the book, which links they state, or whether they have a replica yet."""
 
     def __len__(self) -> int:
         return len(self._heard)
@@ -174,6 +181,10 @@ class RecordBook:
     def author_of(self, sealed: bytes) -> PeerId | None:
         """Whose record these bytes are, if they are in the book."""
         return self._sealed.get(sealed)
+
+    def items(self) -> Iterable[tuple[PeerId, Heard]]:
+        """Every peer's newest record."""
+        return self._heard.items()
 
     def all(self) -> Iterable[Heard]:
         return self._heard.values()
@@ -197,7 +208,7 @@ class RecordBook:
         if before is not None:
             self._forget(peer)
         self._heard[peer] = Heard(record, sealed, now - stale_s)
-        if before is None or before.record.links != record.links:
+        if before is None or before.record.links != record.links or bool(before.record.digest) != bool(record.digest):
             self.links_version += 1
         self._sealed[sealed] = peer
         if len(self._heard) > limits.record_book_peers:

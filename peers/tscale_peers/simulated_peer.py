@@ -23,7 +23,7 @@ from tscale_peers.notices import Notice
 from tscale_peers.packet import Key
 from tscale_peers.packet_log import MemoryLog
 from tscale_peers.peer import SwarmPeer
-from tscale_peers.records import Verify
+from tscale_peers.records import SIGNATURE_BYTES, Verify
 from tscale_peers.simulated_training import Learner
 from tscale_peers.surroundings import Author
 
@@ -38,6 +38,13 @@ class ToyAuthor:
 
     def sign(self, domain: bytes, message: bytes) -> bytes:
         return _toy_signature(self.public_key, domain, message)
+
+
+class Unsigned(ToyAuthor):
+    """Signs with zeros: for simulations without liars."""
+
+    def sign(self, domain: bytes, message: bytes) -> bytes:
+        return bytes(SIGNATURE_BYTES)
 
 
 def _toy_signature(public_key: bytes, domain: bytes, message: bytes) -> bytes:
@@ -57,6 +64,7 @@ class Signatures:
     verify: Verify
 
 
+NONE = Signatures(Unsigned, lambda public_key, domain, message, signature: True)
 TOY = Signatures(ToyAuthor, toy_verify)
 REAL = Signatures(lambda identity: identity, verify)
 

@@ -55,7 +55,8 @@ class Spreading:
         self._turns = Turns(limits.contributions_queued, limits.contributions_queued_bytes)
         self._may_send: dict[PeerId, Allowance] = {}
         self._look_at = 0.0
-        self._looked: tuple[int, frozenset[PeerId]] | None = None
+        self._ways_stale = True
+        self._looked: tuple[int, int] | None = None
 
     # -- for people ----------------------------------------------------------------------------------------------------
 
@@ -73,15 +74,19 @@ class Spreading:
     def tick(self, membership: Membership, linked: set[PeerId], trains: bool, leaving: bool, changed: bool) -> None:
         """Look at the swarm again if anything may have changed; `changed`: somebody came or went."""
         now = self._clock.now()
-        view = (membership.book.links_version, frozenset(linked))
+        view = (membership.book.links_version, membership.links_changed)
         if now < self._look_at and not changed and not leaving and view == self._looked:
             return
+        moved = changed or view != self._looked
         self._looked, self._look_at = view, now + limits.owners_look_s
         known = membership.known()
         peers = owners.candidates(membership.own_record(), known, self._clock.wall())
         self._table.update(peers)
         self._decide(len(peers), leaving)
-        self._find_ways(membership, linked)
+        self._ways_stale |= moved
+        if self._ways_stale and self.by_owners:
+            self._ways_stale = False
+            self._find_ways(membership, linked)
         present = {record.public_key for record, state in known if state in (State.LIVE, State.SUSPECT)} | {self._key}
         training = sum(record.tokens_per_s > 0 for record, state in known if state is State.LIVE) + trains
         chosen = tuple(owner if self._reaches(owner) else None for owner in self._table.owners) if self.by_owners else ()

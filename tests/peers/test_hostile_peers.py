@@ -134,7 +134,7 @@ def test_a_crowd_of_invented_peers_pushes_out_no_linked_one_and_leaves_nothing_b
             attacker.tell(attacker.record(author, digest=digest, hash=bits if n % 2 else bytes(32)))
             if n % 16 == 0:
                 await swarm.clock.sleep(0.25)
-        await swarm.clock.sleep(2)
+        await swarm.clock.sleep(limits.house_s * limits.house_most + 1)
         book = victim.membership.book
         assert len(book) == limits.record_book_peers
         assert all(p in book for p in victim.linked - {attacker.author.peer_id}) and victim.author.peer_id in book

@@ -54,7 +54,7 @@ def sim_parser() -> argparse.ArgumentParser:
     )
     swarm.add_argument("--speeds", type=_numbers, default=(1.0,), metavar="A,B,..", help="training speeds, dealt out in turn: 1,4,10")
     swarm.add_argument("--uneven", type=float, default=0.0, metavar="X", help="how far the peers' data differ (--model none; 0: equal)")
-    swarm.add_argument("--signatures", choices=("real", "none"), default="none", help="none: a keyed hash instead (default)")
+    swarm.add_argument("--signatures", choices=("real", "none"), default="none", help="none: nobody signs or checks (default)")
     swarm.add_argument("--seed", type=int, default=1, metavar="N", help="the same seed gives the same run (default: %(default)s)")
 
     links = parser.add_argument_group("links")

@@ -22,6 +22,8 @@ from tscale_peers.simulated_peer import SimulatedPeer
 from tscale_peers.simulated_training import Bowl, BowlLearner, Learner
 from tscale_peers.simulation import small_run
 
+BOWL_CHUNK_PARAMS = 1 << 12
+"""All of it: one chunk."""
 TINY_DIMS = "e128h1d2w32"
 """0.3 million weights."""
 TINY_FRAGMENTS = 2
@@ -62,7 +64,7 @@ class BowlObjective:
     unit = "of the bowl"
 
     def __init__(self, scenario: Scenario) -> None:
-        manifest, self.start = small_run(scenario.steps_per_interval, codec=scenario.codec, spread=scenario.spread)
+        manifest, self.start = small_run(scenario.steps_per_interval, BOWL_CHUNK_PARAMS, codec=scenario.codec, spread=scenario.spread)
         self.manifest = manifest
         self._bowl = Bowl(self.start, scenario.seed, scenario.uneven)
 

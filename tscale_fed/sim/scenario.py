@@ -17,7 +17,7 @@ MOST_PEERS = 256
 MOST_MINUTES = 7 * 24 * 60
 DEFAULT_INTERVAL_S = {"none": 60.0, "tiny": 5.0}
 """A delta a minute is what home links allow a large model; a small one learns by short intervals."""
-STEPS_PER_INTERVAL = {"none": 4, "tiny": 5}
+STEPS_PER_INTERVAL = {"none": 2, "tiny": 5}
 """A made-up step stands for many: it is cheap, and packets are applied between steps. Those of the model are real."""
 HALF = 0.5
 

@@ -6,10 +6,12 @@ Enters: a scenario, its objective, what to call now and then. Leaves: an `Outcom
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 import torch
@@ -22,13 +24,15 @@ from tscale_net.memory_link import Line
 from tscale_net.ports import Clock, Rng
 from tscale_net.virtual_time import run_virtual
 from tscale_peers.membership import State
-from tscale_peers.simulated_peer import REAL, TOY, Conditions, SimulatedPeer
+from tscale_peers.simulated_peer import NONE, REAL, Conditions, SimulatedPeer
 from tscale_peers.simulation import SimulatedSwarm
 
 SAMPLES = 60
 """Points of the curves."""
 SETTLE_MOST_S = 600.0
 STALL_EVERY_S = 60.0
+COLLECT_AFTER_OBJECTS = 200_000
+"""Some 50 MB at the very most."""
 KNOWN_AFTER_S = 60.0
 """A peer that has come back, or a part that was cut off, is known to all after this."""
 
@@ -48,8 +52,20 @@ def simulate(scenario: Scenario, objective: Objective, report: Report = lambda s
         finally:
             await run.swarm.end()
 
-    outcome = run_virtual(main, scenario.seed)
+    with _few_collections():
+        outcome = run_virtual(main, scenario.seed)
     return msgspec.structs.replace(outcome, real_s=time.perf_counter() - began, cpu_s=time.process_time() - cpu)
+
+
+@contextmanager
+def _few_collections() -> Iterator[None]:
+    """Python looks for unreachable cycles rarely: a simulation makes a great many objects and hardly any cycles."""
+    before = gc.get_threshold()
+    gc.set_threshold(COLLECT_AFTER_OBJECTS, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 class _Run:
@@ -67,7 +83,7 @@ class _Run:
             latency_s=scenario.latency_ms / 1000,
             jitter_s=scenario.latency_ms / 1000 / 4,
             new_learner=objective.new_learner,
-            signatures=REAL if scenario.signatures == "real" else TOY,
+            signatures=REAL if scenario.signatures == "real" else NONE,
             checkpoint_s=scenario.checkpoint_s,
         )
         self._mishaps = Mishaps(self.swarm, scenario, self._conditions, random.Random(rng.random()))
