@@ -25,8 +25,7 @@ from tscale_kernels.launch_table import fitted, launch
 
 _FRACTION = 256.0
 _SMALLEST_MAXIMUM = 1e-30
-_INT8_PEAK = 126.5
-"""Half a code below the largest: maxima found before g was rounded to bf16, too small by 2**-9 at most, cannot overflow a code."""
+_INT8_PEAK = 126.5  # half a code below the largest: a maximum found before g was rounded to bf16 may be too small by 2**-9
 
 
 def quantizer_peak(dtype: torch.dtype) -> float:
