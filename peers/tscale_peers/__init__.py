@@ -12,13 +12,19 @@ The algebra, which works without any network:
     applied.py          which packets a replica contains, with a digest; applied_wire.py its bytes, ranges.py its arithmetic
     delta_log.py        the append-only, replayable log of packets on disk; packet_log.py its interface and its twin in memory
     basepoint.py        the replica: B in integers, its hash; snapshot_chunk.py a chunk of it for newcomers, as bytes
+    state_reading.py    its state read while it moves on       lane.py        a stream of its own for whoever reads a GPU's tensors
+    delta_batch.py      several deltas of a chunk in one pass
     exchange.py         where weights meet the replica: W = B + d, receive, publish, recover after a crash
+    displacement.py     its arithmetic: d stored or implied    outer_rule.py  its words: rule, receipt
+    drafting.py         packets made of d beside training      publisher.py   from payload to signed packet in the log
 What a run and its peers are:
     manifest.py         what a run agrees on, and its hash     records.py     signed peer records
     membership.py       live, suspect, dead                    share.py       a peer's part of the swarm's work
 How packets and newcomers travel:
     messages.py         wire messages                          gossip.py      push, have/want, anti-entropy
     intake.py           packets coming in: check, log, apply   meeting.py     where the trainer's thread meets the swarm
+    inbox.py            what waits for a meeting               outgoing.py    own work on its way out of one
+    meeting_time.py     what meetings cost, by cause
     joining.py          learn the run, snapshot, catch-up      donor.py       what a peer gives to newcomers
     leaving.py          graceful leave                         agreement.py   states compared with others' states
 How chunks have owners, so that traffic stops growing with the swarm:

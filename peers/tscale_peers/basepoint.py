@@ -59,10 +59,10 @@ class Replica:
     ) -> None:
         self.layout = layout
         self.codec = codec
-        self.device = torch.device(device)
         self.lock = threading.RLock()
-        self.basepoint = torch.zeros(layout.size, dtype=codec.basepoint_dtype, device=self.device)
+        self.basepoint = torch.zeros(layout.size, dtype=codec.basepoint_dtype, device=device)
         """int32 [layout.size], on `device`; change it only through this class."""
+        self.device = self.basepoint.device
         self.lane = Lane(self.device)
         self.applied = AppliedSet(len(layout.chunks), max_streams)
         self.recent: deque[State] = deque(maxlen=limits.recent_states)

@@ -41,7 +41,7 @@ from tscale_peers.delta_log import PacketLog
 from tscale_peers.displacement import Displacement, Span
 from tscale_peers.drafting import Desk, Drafting
 from tscale_peers.errors import refuse
-from tscale_peers.lane import Lane, wait_for
+from tscale_peers.lane import Lane, on_device, wait_for
 from tscale_peers.layout import Chunk
 from tscale_peers.outer_rule import OuterRule, Published, Receipt, Signer
 from tscale_peers.packet import Packet, Sign, Terms, stream_key
@@ -380,11 +380,12 @@ class Exchange:
     def _change(self, chunks: Iterable[Chunk], change: Callable[[Chunk, torch.Tensor], bool]) -> None:
         """Capture d, let `change` act on B and d of each chunk, and write W = B + d (plus what d does not hold, on the grid) where it says
         that W moves. chunks: ascending."""
-        for span in self._place.spans(chunks):
-            d = self._place.capture(span)
-            rest = self._place.remainder(span, d)
-            moved = [chunk for chunk in span.chunks if change(chunk, span.part(chunk, d))]
-            self._place.write(span, d, rest, moved)
+        with on_device(self.replica.device):
+            for span in self._place.spans(chunks):
+                d = self._place.capture(span)
+                rest = self._place.remainder(span, d)
+                moved = [chunk for chunk in span.chunks if change(chunk, span.part(chunk, d))]
+                self._place.write(span, d, rest, moved)
 
 
 def _each(pairs: Iterable[ranges.Range]) -> Iterable[int]:

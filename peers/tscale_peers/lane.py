@@ -12,6 +12,7 @@ happened when it returns.
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 
 import torch
@@ -60,6 +61,11 @@ class Lane:
             copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
             copy.copy_(values, non_blocking=True)
         return copy
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, `device` is the current GPU of this thread: Triton launches on that one. Nothing on a processor."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def wait_for(device: torch.device) -> None:

@@ -14,6 +14,7 @@ import torch
 from tests.peers.core_kit import opened, terms
 from tests.peers.exchange_kit import History, bits, exchange_on, train
 from tscale_peers import limits
+from tscale_peers.average import RunningAverage
 from tscale_peers.exchange import Exchange, OuterRule
 from tscale_peers.layout import Layout, TensorSpec
 
@@ -105,3 +106,19 @@ def test_the_state_is_read_beside_steps_and_packets() -> None:
             exchange.receive(packets)
             assert future.result() == want
         assert exchange.replica.state() == other.replica.state()
+
+
+def test_the_running_average_has_the_bits_of_the_cpu() -> None:
+    t = terms("exact", layout=LARGE)
+    history = History(t, seed=6, events=12)
+    history.events = [event for event in history.events if event[0] != "load"]
+    begin = 1_700_000_000 // 40 * 40.0  # all packets are dated here
+    hashes = []
+    for device in ("cpu", "cuda"):
+        exchange = exchange_on(1, t, device=device, keep=False)
+        average = RunningAverage(exchange.replica, 40.0, 4, lambda key: None)
+        exchange.replica.watcher = average
+        average.take_due_cuts(begin - 100)
+        history.play(exchange, lambda event, average=average: average.take_due_cuts(begin + 10.0 * event) and None)  # type: ignore[misc]
+        hashes.append(average.hash())
+    assert hashes[0] == hashes[1] != b""
