@@ -113,7 +113,7 @@ class SwarmPeer:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._events())
             tasks.create_task(self._check_packets())
-            tasks.create_task(self.spreading.run(self.off_loop, self._refuse_contribution))
+            tasks.create_task(self.spreading.run(self.off_loop, self._refuse))
             self.pulse.run(tasks)
 
     async def leave(self, progress: Callable[[str], None] = lambda text: None) -> bool:
@@ -274,10 +274,9 @@ class SwarmPeer:
             self.board.refuse(refusal, "the log")
             return
         self._intake.reject(body, source, blame=refusal.code not in NOT_ITS_FAULT)
-        self.board.refuse(refusal, self.name_of(source))
-        self._blame(refusal, source)
+        self._refuse(refusal, source)
 
-    def _refuse_contribution(self, refusal: Refused, source: PeerId) -> None:
+    def _refuse(self, refusal: Refused, source: PeerId) -> None:
         self.board.refuse(refusal, self.name_of(source))
         self._blame(refusal, source)
 
@@ -298,7 +297,8 @@ class SwarmPeer:
         if met.lost:
             self.recount_known()
         if met.published:
-            self._spread(met)
+            self._note_published(sum(len(body) for _, body in met.published), f"delta {met.published[0][0][1]}")
+            self._announce(met.published)
         if met.given_bytes:
             self._note_published(met.given_bytes, "delta to owners")
             self.spreading.send_own(met.given)
@@ -310,10 +310,6 @@ class SwarmPeer:
                 self.herald.renew_soon()  # the first word of a newcomer cannot name a state, and who names none owns no chunks
             self._state = met.state
         self._tokens.note(met.progress.tokens, self.met_at)
-
-    def _spread(self, met: Met) -> None:
-        self._note_published(sum(len(body) for _, body in met.published), f"delta {met.published[0][0][1]}")
-        self._announce(met.published)
 
     def _note_published(self, size: int, what: str) -> None:
         self.published += 1
