@@ -110,8 +110,8 @@ class SwarmSection(Section, frozen=True):
     spread: Literal["auto", "flood", "owners"] = "auto"
     """"flood": every delta goes to everybody. "owners": to the owner of each chunk, who publishes sums; traffic per peer then hardly grows
     with the swarm. "auto": owners from 8 peers up."""
-    share_scale: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    """c = share_scale * share. Measured safe up to 1; at 8 the swarm diverges."""
+    share_scale: Annotated[float, Meta(gt=0.0, le=2.0)] = 1.0
+    """c = share_scale * share. At most 1; with own_leak = "one" and a top-k codec 2 is better (docs/learning.md)."""
     own_leak: Literal["share", "one"] = "share"
     """"share": sum rule (1 bit, short intervals). "one": averaging rule (long intervals)."""
     momentum_keep: Literal["share", "one"] = "share"

@@ -59,7 +59,8 @@ class RuleSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Sum rule (1-bit deltas, short intervals): own_leak = momentum_keep = "share". Averaging rule (long intervals, sparse deltas): both
     "one".
-    Only share_scale changes what others see; measured safe up to 1 (8 diverges).
+    Only share_scale changes what others see; measured safe up to 1 (8 diverges), and with
+    own_leak "one" and top-k codecs better at 2.
     """
 
     share_scale: float = 1.0
@@ -192,7 +193,10 @@ def _faults(m: RunManifest) -> list[tuple[bool, str]]:
         (not 1 <= m.budget_batches <= MAX_COUNT, "budget_batches must be at least 1"),
         (not _within(m.average_window_s, 0.0, MAX_AVERAGE_WINDOW_S), f"average_window_s must lie in (0, {MAX_AVERAGE_WINDOW_S:.0f}]"),
         (not 1 <= m.average_cuts <= MAX_AVERAGE_CUTS, f"average_cuts must lie in 1..{MAX_AVERAGE_CUTS}"),
-        (not _within(m.rule.share_scale, 0.0, 1.0), "rule.share_scale must lie in (0, 1]: above it the swarm diverges"),
+        (
+            not _within(m.rule.share_scale, 0.0, 2.0 if m.rule.own_leak == "one" else 1.0),
+            'rule.share_scale must lie in (0, 1], or in (0, 2] with own_leak = "one": above it the swarm diverges',
+        ),
         (not _within(m.limits.max_coefficient, 0.0, 1.0), "limits.max_coefficient must lie in (0, 1]: no author leaks more than all"),
         (not 1 <= m.limits.max_streams <= 1 << 16, "limits.max_streams must lie in 1..65536"),
         (

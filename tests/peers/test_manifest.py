@@ -56,6 +56,8 @@ def test_bytes_of_another_run_are_refused() -> None:
         ({"tensors": [TensorSpec("a", 1, 128, 3)]}, "unit exponents"),
         ({"chunk_params": 1 << 22}, "chunk_params"),
         ({"start_hash": b"x"}, "start_hash"),
+        ({"rule": RuleSpec(share_scale=1.5)}, "share_scale"),
+        ({"rule": RuleSpec(share_scale=2.5, own_leak="one", momentum_keep="one")}, "share_scale"),
         ({"publish_every_steps": 0}, "publish_every_steps"),
         ({"budget_batches": 0}, "budget_batches"),
         ({"rule": RuleSpec(share_scale=float("nan"))}, "share_scale"),
