@@ -65,7 +65,7 @@ log_default_retain = 20
 # -- exchange.py -------------------------------------------------------------------------------------------------------
 
 span_values = 1 << 24
-"""Consecutive chunks that a GPU handles together: few launches, 64 MB of scratch memory. On a processor one chunk, which its cache holds."""
+"""Consecutive chunks that a GPU handles together: few launches, 64 MB of scratch memory. On a processor one chunk: its cache holds it."""
 draft_slices = 8
 """A publication of a large model is captured at so many meetings: the buffer beside the weights is an eighth of their size."""
 draft_slice_values = 1 << 24
