@@ -104,7 +104,7 @@ links_renewed_s = 2.0
 heartbeat_parts = 3
 """News of others is gathered for this part of a heartbeat before it is told on: it then takes about a heartbeat through any swarm."""
 record_tellers = 3
-"""Of a peer's neighbours, the number that tell it of a third one's new record, others than its author: each record anew chosen by its bytes.
+"""Of a peer's neighbours, the number that tell it of a third one's new record, others than its author: each record anew by its bytes.
 Who misses one by chance hears the next; news that cannot wait is told by all."""
 links_renewed_parts = 16
 """Of a heartbeat, likewise, in large swarms."""
