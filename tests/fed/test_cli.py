@@ -28,8 +28,8 @@ def parse(*words: str) -> argparse.Namespace:
 def test_defaults() -> None:
     assert vars(parse()) == {
         "role": "peer", "bootstrap": [], "config": None, "listen": None, "home": None, "device": "auto", "data_dir": None, "name": None,
-        "max_upload": None, "max_download": None, "solo": False, "advertise": [], "require_id": False, "seconds": None, "threads": None, "json_log": False,
-        "debug": False,
+        "max_upload": None, "max_download": None, "solo": False, "advertise": [], "require_id": False, "seconds": None,
+        "threads": None, "json_log": False, "debug": False,
     }  # fmt: skip
 
 

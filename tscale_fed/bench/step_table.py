@@ -79,7 +79,10 @@ def goal_met(preset: str, sizes: Sizes, rows: Sequence[Timed]) -> bool:
     on_device = [found for row, found in engines if not row.name.endswith("@host")]
     if preset == "small":
         return any(found["tokens_per_s"] >= SMALL_GOAL_TOKENS_PER_S for found in on_device)
-    fast = any(found["tparams_per_s_with_embedding"] >= BIG_GOAL[0] and (found["times_baseline"] or 0.0) >= BIG_GOAL[1] for found in on_device)
+    least_tparams, least_times = BIG_GOAL
+    fast = any(
+        found["tparams_per_s_with_embedding"] >= least_tparams and (found["times_baseline"] or 0.0) >= least_times for found in on_device
+    )
     hosts = [(row, found) for row, found in engines if row.name.endswith("@host")]
     return fast and all(
         found["tparams_per_s_with_embedding"] >= BIG_HOST_GOAL[0] and max(row.peak_bytes, row.reserved_bytes) <= BIG_HOST_GOAL[1]
