@@ -39,6 +39,11 @@ def choose_device(request: str = "auto", settings: DeviceSection | None = None) 
     return Device(device, chosen, f"{reason}, {remark}", settings)
 
 
+def torch_device(request: str) -> torch.device:
+    """The processor named by auto, cpu, cuda or cuda:N, if it is there. Raises Refused("no-device")."""
+    return _find(request)[0]
+
+
 def out_of_memory(device: torch.device, what: str) -> Refused:
     """The one sentence for a GPU whose memory is full; `what` names the work, such as 'a step of one fragment of 1024 tokens'."""
     return Refused(

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from tscale_fed import cli
 from tscale_fed.commands.peer_arguments import check_peer_arguments, peer_parser
@@ -177,3 +178,11 @@ def test_tscale_lists_its_commands_and_refuses_others(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stopped:
         cli.main(["fly"])
     assert stopped.value.code == 2 and "fly" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("words", [["step"], ["quality", "--run", "int8 qtail"], ["memory"], ["rules", "--size", "5m"], ["exchange"]])
+def test_a_bench_without_its_gpu_says_so(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *words]) == 1
+    assert "GPU" in (error := capsys.readouterr().err) or "CUDA" in error
+    assert "a bug" not in error and error.count("\n") == 1

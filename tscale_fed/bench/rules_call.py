@@ -24,6 +24,7 @@ from tscale_fed.bench.rules_sizes import PLAIN, SIZES
 from tscale_fed.bench.rules_text import VOCAB, RulesText
 from tscale_fed.bench.step_measure import forget
 from tscale_fed.data.sources import demo_folder, find_sources
+from tscale_fed.device import torch_device
 from tscale_fed.engine.precision import choose_precision
 
 CURVE_PART = 4
@@ -40,7 +41,7 @@ class Call:
 
         size = SIZES[arguments.size]
         self._say, self._lanes = say, arguments.lanes or size.lanes
-        self._device = torch.device(arguments.device or ("cpu" if arguments.size == "tiny" else "cuda"))
+        self._device = torch_device(arguments.device or ("cpu" if arguments.size == "tiny" else "cuda"))
         self._arithmetic = arguments.arithmetic or size.arithmetic
         fragments = arguments.fragments or size.fragments
         tick_bytes = arguments.peers * fragments * size.tokens

@@ -21,7 +21,11 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the bench. Raises what it raises."""
+    """Run the bench. Raises what it raises, and Refused("no-device") for a GPU that is not there."""
+    if str(getattr(arguments, "device", None)).startswith("cuda"):
+        from tscale_fed.device import torch_device
+
+        torch_device(arguments.device)
     return int(_module(arguments.bench).run(arguments))
 
 
