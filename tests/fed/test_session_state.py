@@ -31,7 +31,7 @@ class Peer:
     def __init__(self, trainer: Trainer, keep: bool) -> None:
         self.trainer = trainer
         shape = trainer.engine.parameters.shape
-        self.terms = Terms(RUN, Layout.build(tensor_specs(shape), 1 << 12), codec_named("sign"))
+        self.terms = Terms(RUN, Layout.build(tensor_specs(shape), 1 << 13), codec_named("sign"))
         replica = Replica(self.terms.layout, self.terms.codec)
         replica.set_start(trainer.weights)
         self.log = MemoryLog()
@@ -99,8 +99,8 @@ def test_a_small_model_goes_at_one_moment_with_everything_that_it_had(data: Path
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "implied"])
 def test_a_large_model_is_copied_between_steps_and_comes_back_whole(data: Path, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step publishes, so every part has another set of own packets; the log has all of them."""
-    monkeypatch.setattr(session_state, "CHECKPOINT_PART_VALUES", 1 << 13)
     peer = Peer(make_trainer(data), keep)  # type: ignore[arg-type]
+    monkeypatch.setattr(session_state, "CHECKPOINT_PART_VALUES", peer.terms.layout.size // 3)
     peer.step()
     copy = peer.copy()
     assert len(copy.parts) >= 3

@@ -14,7 +14,7 @@ import pytest
 from training_run import make_data, make_trainer
 
 from tscale_fed.trainer import Trainer
-from tscale_fed.training_thread import Priority, TrainingFailed, TrainingThread, default_threads
+from tscale_fed.training_thread import Priority, TrainingFailed, TrainingReport, TrainingThread, default_threads
 from tscale_net.errors import Refused
 from tscale_net.ports import SystemClock
 from tscale_peers.meeting_time import Seconds
@@ -244,15 +244,17 @@ async def test_the_report_says_how_long_meetings_take_and_for_what(trainer_of: C
 
     def meeting(trainer: Trainer) -> Seconds:
         clock.time += 2.0
-        if trainer.steps == 4:
+        if trainer.steps == 5:
+            reports.append(thread.report)  # of the four before
             done.set()
         return Seconds(receive=1.0, publish=0.5, wait=0.25)
 
-    thread = TrainingThread(trainer, clock, PRIORITY, meeting, until_step=4)  # type: ignore[arg-type]
+    reports: list[TrainingReport] = []
+    thread = TrainingThread(trainer, clock, PRIORITY, meeting)  # type: ignore[arg-type]
     thread.start()
     await done.wait()
-    report = await thread.call(lambda trainer: thread.report)
     await thread.stop()
+    (report,) = reports
     assert report.busy_fraction == pytest.approx(1 / 6, rel=0.2) and report.exchange_fraction == pytest.approx(3 / 6, rel=0.2)
     causes = report.exchange_causes
     assert causes.receive == pytest.approx(report.exchange_fraction / 3) and causes.publish == pytest.approx(causes.receive / 2)
