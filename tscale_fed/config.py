@@ -107,6 +107,8 @@ class SwarmSection(Section, frozen=True):
     """How a delta is packed: "sign" = 1 bit per weight and one scale per row; docs/protocol.md lists the others."""
     codec_for: dict[str, str] = {}
     """Other codecs for some tensors: [swarm.codec_for] with the keys "embedding", "final" (output) and "matrix" (all others)."""
+    sum_codec: str = ""
+    """Codec of the sums that owners of chunks publish; empty = `codec`. With sparse deltas a denser one is worth its bytes."""
     spread: Literal["auto", "flood", "owners"] = "auto"
     """"flood": every delta goes to everybody. "owners": to the owner of each chunk, who publishes sums; traffic per peer then hardly grows
     with the swarm. "auto": owners from 8 peers up."""
@@ -288,6 +290,7 @@ def _refuse_contradictions(config: RunConfig, place: Place) -> None:
             'or both "one" (averaging rule)',
         )
     codecs: list[tuple[str, str, str]] = [("swarm", "codec", config.swarm.codec)]
+    codecs += [("swarm", "sum_codec", config.swarm.sum_codec)] if config.swarm.sum_codec else []
     codecs += [("swarm.codec_for", tensor_class, name) for tensor_class, name in config.swarm.codec_for.items()]
     for section, key, name in codecs:
         if section == "swarm.codec_for" and key not in TENSOR_CLASSES:

@@ -45,6 +45,7 @@ def create_run(config: RunConfig, data: TokenData, admin_key: bytes, created_uni
         created_unix=created_unix,
         trainer={**config.recipe().to_manifest(), DATA_KEY: DataRecipe(data.manifest, config.data.served).to_plain()},
         codec=config.swarm.codec,
+        sum_codec=config.swarm.sum_codec,
         spread=config.swarm.spread,
         codec_for=config.swarm.codec_for,
         chunk_params=config.swarm.chunk_params,
@@ -117,7 +118,10 @@ def check_same_data(manifest: RunManifest, config: RunConfig, data: TokenData) -
         raise _other_run("[data]")
 
 
-_SWARM_KEYS = ("codec", "spread", "codec_for", "chunk_params", "publish_every_steps", "budget_batches", "average_window_s", "average_cuts")
+_SWARM_KEYS = (
+    "codec", "sum_codec", "spread", "codec_for", "chunk_params", "publish_every_steps", "budget_batches", "average_window_s",
+    "average_cuts",
+)  # fmt: skip
 
 
 def _other_run(place: str) -> Refused:

@@ -187,7 +187,7 @@ class Accumulators:
         for s in chunk.segments:
             values[s.start : s.stop].mul_(s.unit)
         coefficient = self.coefficient
-        return self._terms.codec_of(chunk).encode(values, chunk, coefficient, sum_.memory), listed, batches
+        return self._terms.codec_of(chunk, is_sum=True).encode(values, chunk, coefficient, sum_.memory), listed, batches
 
     @property
     def coefficient(self) -> float:

@@ -47,6 +47,7 @@ MAX_COUNT = 1 << 53
 _LATER_FIELDS: dict[str, Any] = {
     "codec_for": {},
     "spread": "auto",
+    "sum_codec": "",
     "average_window_s": room_limits.average_window_s,
     "average_cuts": room_limits.average_cuts,
 }
@@ -98,6 +99,8 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Ed25519 keys that may sign tombstones and certificates; never implied by being a seed."""
     codec_for: dict[str, str] = {}
     """Codecs by tensor class, where they differ from `codec`: names of layout.TENSOR_CLASSES to names of codecs."""
+    sum_codec: str = ""
+    """Codec of owners' sums, of tensors that `codec_for` does not name; empty: `codec`."""
     spread: Literal["auto", "flood", "owners"] = "auto"
     """How work reaches the others (spreading.py): packets to everybody ("flood"), contributions to the owners of chunks ("owners"), or the
     second as soon as there are enough peers."""
@@ -127,7 +130,8 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def terms(self) -> Terms:
         """What every packet of the run must satisfy. Raises Refused("packet-codec") if a codec is not known here."""
         codec_for = {tensor_class: codec_named(name) for tensor_class, name in self.codec_for.items()}
-        return Terms(self.run_id, self.layout(), codec_named(self.codec), self.limits.max_coefficient, codec_for)
+        sums = codec_named(self.sum_codec) if self.sum_codec else None
+        return Terms(self.run_id, self.layout(), codec_named(self.codec), self.limits.max_coefficient, codec_for, sums)
 
     def check(self) -> RunManifest:
         """Return self, or raise Refused("bad-manifest") naming the field and the fix."""
@@ -219,7 +223,7 @@ def _codec_faults(m: RunManifest) -> list[tuple[bool, str]]:
     unknown = [tensor_class for tensor_class in m.codec_for if tensor_class not in TENSOR_CLASSES]
     if unknown:
         return [(True, f"codec_for: {unknown[0][:32]!r} is no tensor class; there are {', '.join(TENSOR_CLASSES)}")]
-    faults = [codec_fault(name) for name in (m.codec, *m.codec_for.values())]
+    faults = [codec_fault(name) for name in (m.codec, *m.codec_for.values(), *([m.sum_codec] if m.sum_codec else []))]
     return [
         *((fault is not None, fault or "") for fault in faults),
         (m.codec in m.codec_for.values(), f"codec_for names {m.codec!r}, which all tensors have anyway; leave that class out"),

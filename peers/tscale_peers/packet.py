@@ -60,15 +60,19 @@ class Terms:
     max_coefficient: float = 1.0
     codec_for: Mapping[str, Codec] = field(default_factory=dict)
     """By tensor class. The layout cuts where the codec changes, so a chunk has one."""
+    sum_codec: Codec | None = None
+    """Instead of `codec` in owners' sums. Many sparse contributions make a denser sum, which is worth more bytes."""
 
-    def codec_of(self, chunk: Chunk) -> Codec:
-        """The codec of every packet for a chunk."""
+    def codec_of(self, chunk: Chunk, is_sum: bool = False) -> Codec:
+        """The codec of every packet for a chunk: of an author, or an owner's sum."""
         tensor = self.layout.specs[chunk.segments[0].tensor]
-        return self.codec_for.get(tensor.tensor_class, self.codec)
+        plain = self.sum_codec if is_sum and self.sum_codec is not None else self.codec
+        return self.codec_for.get(tensor.tensor_class, plain)
 
     def packet_bytes(self, chunk: Chunk) -> int:
         """Largest packet for a chunk."""
-        return _LENGTH_BYTES + _HEADER_MAX_BYTES + self.codec_of(chunk).max_payload_bytes(chunk) + SIGNATURE_BYTES
+        most = max(self.codec_of(chunk, is_sum).max_payload_bytes(chunk) for is_sum in (False, True))
+        return _LENGTH_BYTES + _HEADER_MAX_BYTES + most + SIGNATURE_BYTES
 
     @property
     def max_packet_bytes(self) -> int:
@@ -181,7 +185,11 @@ def _decode(data: bytes, terms: Terms) -> Packet:
     header = _read_header(head)
     _check_header(header, terms)
     chunk = terms.layout.chunks[header.chunk]
-    return Packet(header, terms.codec_of(chunk).open(payload, chunk))
+    return Packet(header, terms.codec_of(chunk, _is_sum(header)).open(payload, chunk))
+
+
+def _is_sum(header: Header) -> bool:
+    return header.stream >= SUM_STREAM
 
 
 def _check_signature(data: bytes, packet: Packet, verify: Verify) -> None:
@@ -245,7 +253,7 @@ def _check_header(header: Header, terms: Terms) -> None:
         raise refuse("wrong-run", f"a packet of run {header.run[:4].hex()}, not of {terms.run[:4].hex()}")
     if header.chunk >= len(terms.layout.chunks):
         raise refuse("packet-chunk", f"a packet for chunk {header.chunk}; the run has {len(terms.layout.chunks)} chunks")
-    codec = terms.codec_of(terms.layout.chunks[header.chunk])
+    codec = terms.codec_of(terms.layout.chunks[header.chunk], _is_sum(header))
     if header.codec != codec.name:
         raise refuse("packet-codec", f"a packet with codec {header.codec[:32]!r}; the run uses {codec.name!r} for chunk {header.chunk}")
     if not 1 <= header.seq <= limits.applied_seq_max or header.batches_total > limits.applied_seq_max:
@@ -259,7 +267,7 @@ def _check_header(header: Header, terms: Terms) -> None:
 
 def _check_kind(header: Header) -> None:
     """A packet, a sum or a contribution: nothing in between."""
-    is_sum = header.stream >= SUM_STREAM
+    is_sum = _is_sum(header)
     if header.owner:
         if len(header.owner) != KEY_BYTES or is_sum or header.included or header.seq > included.LAST_NUMBER:
             raise refuse("packet-malformed", "a contribution with a field that does not belong to one")

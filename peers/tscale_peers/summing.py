@@ -199,7 +199,7 @@ class Summing:
         """The sum of one chunk, checked against everything that could refuse it later. Changes nothing."""
         exchange = self._exchange
         payload, listed, batches = self.sums.encode_sum(chunk)
-        codec = exchange.terms.codec_of(chunk)
+        codec = exchange.terms.codec_of(chunk, is_sum=True)
         header = Header(
             version=PACKET_VERSION,
             run=exchange.terms.run,

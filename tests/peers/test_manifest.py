@@ -59,6 +59,7 @@ def test_bytes_of_another_run_are_refused() -> None:
         ({"rule": RuleSpec(share_scale=1.5)}, "share_scale"),
         ({"rule": RuleSpec(share_scale=2.5, own_leak="one", momentum_keep="one")}, "share_scale"),
         ({"publish_every_steps": 0}, "publish_every_steps"),
+        ({"sum_codec": "none"}, "codec"),
         ({"budget_batches": 0}, "budget_batches"),
         ({"rule": RuleSpec(share_scale=float("nan"))}, "share_scale"),
         ({"admin_keys": [b"short"]}, "admin_keys"),

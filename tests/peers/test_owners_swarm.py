@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 import torch
 
@@ -112,6 +113,29 @@ def test_work_of_all_comes_through_owners_and_replicas_are_equal(rule: RuleSpec)
         await all_equal(swarm)
 
     simulate(scenario, small_run(publish_every_steps=2, chunk_params=1024, spread="owners", rule=rule))
+
+
+def test_sums_may_have_a_codec_of_their_own() -> None:
+    manifest, start = small_run(publish_every_steps=2, chunk_params=1024, spread="owners", rule=AVERAGE, codec="topk-sign-8")
+    denser = msgspec.structs.replace(manifest, sum_codec="int8").check()
+
+    async def scenario(swarm: SimulatedSwarm) -> None:
+        await founded(swarm, 3, step_s=1.0)
+        await swarm.clock.sleep(SETTLED_S + 10)
+        for peer in swarm.living():
+            sums = [Packet.decode(body, swarm.run.terms) for body in bodies_of(peer, sums_of(peer))]
+            assert len(sums) > 4 and {packet.header.codec for packet in sums} == {"int8"}
+            assert peer.meeting.exchange.pledges.confirmed > 8
+        nothing_refused(swarm)
+        await all_equal(swarm)
+
+    simulate(scenario, (denser, start))
+
+
+def bodies_of(peer: SwarmPeer, streams: set[bytes]) -> list[bytes]:
+    log = peer.meeting.exchange.log
+    found = [log.get(key) for stream in sorted(streams) for key in log.keys(stream)]
+    return [body for body in found if body is not None]
 
 
 @pytest.mark.slow
