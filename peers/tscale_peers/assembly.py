@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tscale_peers import limits
 from tscale_peers.basepoint import Replica
+from tscale_peers.catch_up import CatchUp, Costs
 from tscale_peers.delta_log import PacketLog
 from tscale_peers.exchange import Exchange, OuterRule, Signer
 from tscale_peers.gossip import Gossip
@@ -94,7 +95,7 @@ def assemble(
     )  # fmt: skip
     every = run.manifest.publish_every_steps
     meeting = MeetingPoint(exchange, replica, log, every, outside.clock, lambda body: Packet.decode(body, terms), helper)
-    gossip = Gossip(replica.applied_copy(), len(terms.layout.chunks), log, outside.rng)
+    gossip = Gossip(replica.applied_copy(), len(terms.layout.chunks), log, outside.rng, CatchUp(Costs.of(terms)))
     intake = Intake(lambda body: exchange.prepared(Packet.open(body, terms, outside.verify)), gossip, log, meeting)
     meeting.summing = Summing(exchange, outside.clock, sums, every * limits.batches_per_publication)
     spreading = Spreading(

@@ -5,15 +5,18 @@ Enters: link changes, frames of neighbours, packets accepted here, ticks. Leaves
 - The receiver asks for a packet of one neighbour that has it at a time; if nothing comes by a deadline it asks another (epidemic pull).
 - Every `anti_entropy_s` two neighbours compare the digests of what they know and, if these differ, the sets; each then pulls what it lacks.
   So any packet that one live peer keeps reaches all, whatever was lost, and order never matters because the replica's sum commutes.
-- A packet that no neighbour keeps any more (all said MISSING) can only come as part of a snapshot chunk: action NeedChunks.
+- A packet that no neighbour keeps any more (all said MISSING) can only come as part of a snapshot chunk: action NeedChunks. So do packets
+  that are more bytes than their chunk (catch_up.py).
 Lies are bounded: what one neighbour may name, offer, ask for, and have compared per second has limits of its own (neighbour.py, wants.py),
 and a peer that offers what it does not deliver is asked less.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import msgspec
@@ -22,6 +25,7 @@ from tscale_net.errors import Refused
 from tscale_net.ports import Channel, PeerId, Rng
 from tscale_peers import limits
 from tscale_peers.applied import AppliedSet
+from tscale_peers.catch_up import CatchUp, Verdict
 from tscale_peers.messages import (
     HAVE,
     MISSING,
@@ -64,6 +68,8 @@ class NeedChunks:
 
     chunks: tuple[int, ...]
     sources: tuple[PeerId, ...]
+    for_its_price: bool = False
+    """The packets are kept, but they are more bytes than the chunks."""
 
 
 Action = Send | NeedChunks
@@ -72,8 +78,10 @@ Action = Send | NeedChunks
 class Gossip:
     """The gossip state of one peer. `known` holds every packet checked here (applied or waiting) and everything a snapshot contained."""
 
-    def __init__(self, known: AppliedSet, chunks: int, store: PacketStore, rng: Rng) -> None:
+    def __init__(self, known: AppliedSet, chunks: int, store: PacketStore, rng: Rng, catch_up: CatchUp | None = None) -> None:
+        """`catch_up` None: everything that somebody keeps comes packet by packet."""
         self.known = known
+        self.catch_up = catch_up
         self.hold = False
         """While a snapshot is being fetched nothing is pulled or compared: its contents are not known yet. `resume` ends it."""
         self.compared = False
@@ -233,7 +241,8 @@ class Gossip:
             raise Refused("flood", "sets of packets are told more often than they can change")
         theirs = between(AppliedSet.decode(encoded, self._chunks, self.known.max_streams), first, end)
         ours = between(self.known, first, end)
-        welcome = (part for part in ours.missing_from(theirs) if self._welcomes(part[0]))
+        verdict = self._weigh(peer, ours, theirs, now)
+        welcome = (part for part in ours.missing_from(theirs) if part[1] not in verdict.leave and self._welcomes(part[0]))
         lacking = list(_keys(welcome, limits.anti_entropy_keys))
         taken = [self._wants.offer(key, peer) for key in lacking]
         for key in _keys(theirs.missing_from(ours), limits.anti_entropy_keys):
@@ -244,9 +253,28 @@ class Gossip:
             self._holds(key, peer)
         if len(lacking) == limits.anti_entropy_keys or not all(taken):
             self._more_at[peer] = None
-        else:
+        elif not verdict.leave:
             self.compared = True
-        return [] if reply else self._tell_set(peer, neighbour, now, reply=True)
+        fetch: list[Action] = [NeedChunks(verdict.fetch, verdict.sources, for_its_price=True)] if verdict.fetch else []
+        return fetch if reply else fetch + self._tell_set(peer, neighbour, now, reply=True)
+
+    def _weigh(self, peer: PeerId, ours: AppliedSet, theirs: AppliedSet, now: float) -> Verdict:
+        """Which chunks are cheaper as snapshots."""
+        if self.catch_up is None:
+            return Verdict()
+        missing: Counter[int] = Counter()
+        for _, chunk, first, last in islice(ours.missing_from(theirs), limits.anti_entropy_keys):
+            missing[chunk] += last - first + 1
+        if not missing:
+            return Verdict()
+        is_author = any(author_of(stream) == peer for stream in self.known.streams)
+
+        def recoverable(index: int) -> bool:
+            only_here = (part for part in theirs.missing_from(ours) if part[1] == index)
+            keys = list(_keys(only_here, limits.anti_entropy_keys))
+            return len(keys) < limits.anti_entropy_keys and all(map(self._store.holds, keys))
+
+        return self.catch_up.weigh(peer, missing, is_author, len(self._neighbours), recoverable, now)
 
     def _tell_set(self, peer: PeerId, neighbour: Neighbour, now: float, reply: bool = False) -> list[Action]:
         """Our set, or the next part of it if it is too large for one message."""

@@ -89,9 +89,7 @@ Progress = Callable[[int, int, int], None]
 """(chunks here, chunks in all, bytes received so far)."""
 
 
-async def fetch_snapshot(
-    peer: SwarmPeer, manifest: RunManifest, progress: Progress = lambda here, total, received: None
-) -> None:
+async def fetch_snapshot(peer: SwarmPeer, manifest: RunManifest, progress: Progress = lambda here, total, received: None) -> None:
     """Fill the whole replica from the linked peers. Raises Refused if no linked peer can give a chunk."""
     await ChunkFetch(peer, manifest, progress).run(range(len(manifest.layout().chunks)))
     peer.gossip.resume()
@@ -187,7 +185,8 @@ def chunk_blob_max_bytes(size: int, manifest: RunManifest) -> int:
 
 
 def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.TaskGroup) -> None:
-    """From now on, packets that nobody keeps any more are replaced by fetching their chunks (a peer that was away for long).
+    """From now on, packets that nobody keeps any more, or that are more bytes than their chunks, are replaced by fetching these: this peer
+    was away for long.
 
     A chunk rests after it was fetched, for twice as long each time that this brought nothing: some neighbour may speak of packets that it
     never had.
@@ -195,18 +194,25 @@ def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.Ta
     rests: dict[int, tuple[float, float]] = {}
     """chunk -> (when it may be fetched again, how long it rested last)."""
 
-    async def reload(chunks: Sequence[int], donors: Sequence[PeerId]) -> None:
+    async def reload(chunks: Sequence[int], donors: Sequence[PeerId], for_its_price: bool) -> None:
         fetch = ChunkFetch(peer, manifest, only_if_ahead=True, donors=donors)
         try:
             await fetch.run(chunks)
         except Refused as refusal:
             peer.board.refuse(refusal, "the swarm")
+        finally:
+            no_longer_fetched(chunks)
         for index in fetch.loaded:
             rests[index] = (rests[index][0], limits.chunk_reload_pause_s / 2)
         if fetch.loaded:
             kept = f"; private work in {len(fetch.dropped)} of them is given up" if fetch.dropped else ""
-            text = f"{len(fetch.loaded)} chunks of the basepoint came as a snapshot: their deltas are no longer kept by anybody{kept}"
+            why = "that is fewer bytes than the deltas missed" if for_its_price else "their deltas are no longer kept by anybody"
+            text = f"{len(fetch.loaded)} chunks of the basepoint came as a snapshot: {why}{kept}"
             peer.board.tell("catch-up", text)
+
+    def no_longer_fetched(chunks: Iterable[int]) -> None:
+        if peer.gossip.catch_up is not None:
+            peer.gossip.catch_up.fetching.difference_update(chunks)
 
     def start(need: NeedChunks) -> None:
         now = peer.outside.clock.now()
@@ -215,7 +221,8 @@ def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.Ta
             rest = min(limits.chunk_reload_pause_max_s, 2 * rests.get(chunk, (0.0, limits.chunk_reload_pause_s / 2))[1])
             rests[chunk] = (now + rest, rest)
         if fresh:
-            tasks.create_task(reload(fresh, need.sources))
+            tasks.create_task(reload(fresh, need.sources, need.for_its_price))
+        no_longer_fetched(set(need.chunks).difference(fresh))
 
     peer.reload_chunks = start
 

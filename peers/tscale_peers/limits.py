@@ -220,6 +220,12 @@ batches_per_publication = 16
 publications, while nobody ends everybody's rate schedule with one false number."""
 count_max = (1 << 53) - 1
 """Largest count in a record or shown: exact in JSON, and 256 of them add up within 64 bits."""
+catch_up_patience_s = 10.0
+"""Packets of a chunk that a snapshot would replace for fewer bytes are not asked for so long, until a second neighbour has been compared."""
+catch_up_forgotten_s = 60.0
+"""What neighbours were far ahead with is old news after this."""
+catch_up_again_s = 300.0
+"""A chunk is replaced for its price this often at most; what it still lacks comes from logs."""
 chunk_fetches = 4
 """Snapshot chunks fetched at a time."""
 snapshot_witnesses = 2

@@ -302,6 +302,7 @@ class SimulatedSwarm:
         """SIGKILL: everything in memory is gone, connections are reset. `silent`: as a power cut, nobody is told."""
         sim.killed = True
         if sim.task is not None:
+            sim.task.add_done_callback(_how_it_ended)
             sim.task.cancel()
         self.network.kill(sim.author.peer_id, silent)
 
@@ -348,6 +349,12 @@ class SimulatedSwarm:
     def _note(self, sim: SimulatedPeer, notice: Notice) -> None:
         sim.notices.append(notice)
         self._trace.update(f"{notice.at:.6f} {sim.name} {notice.kind} {notice.text}\n".encode())
+
+
+def _how_it_ended(task: asyncio.Task[None]) -> None:
+    """What a killed process ran into while it died is nobody's business; asyncio wants somebody to have looked."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _nothing(name: str) -> None:
