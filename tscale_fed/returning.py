@@ -12,6 +12,7 @@ from tscale_fed.ground import Ground
 from tscale_fed.limits import ALONE_S, CATCH_UP_S
 from tscale_fed.session_parts import Built
 from tscale_peers import limits as swarm_limits
+from tscale_peers.restart import PrivateWork, is_caught_up, own_batches
 
 
 class Returning:
@@ -21,14 +22,15 @@ class Returning:
         self._ground = ground
         self._found = found
         self._built = built
-        self._own_batches = self._count_own()
+        limit = found.manifest.limits.displacement_max_age_batches
+        stated = int(built.checkpoint.facts["swarm_batches"]) if built.checkpoint is not None else 0
+        self._work = PrivateWork(stated, own_batches(built.peer), limit)
         self.judged = built.checkpoint is None or built.peer.meeting.displacement_norm() == 0
 
     @property
     def caught_up(self) -> bool:
         """Some neighbour's set was compared with ours, and nothing that it has is missing here."""
-        peer = self._built.peer
-        return bool(peer.linked) and peer.gossip.compared and not peer.gossip.backlog()
+        return is_caught_up(self._built.peer)
 
     async def catch_up(self) -> None:
         """Until what neighbours know is here and applied, or for a while if nobody answers."""
@@ -47,22 +49,13 @@ class Returning:
 
     def judge(self) -> None:
         """Keep or drop the displacement, and say so. Between two steps, or before the first."""
-        checkpoint, peer = self._built.checkpoint, self._built.peer
-        if self.judged or checkpoint is None:
+        if self.judged:
             return
         self.judged = True
-        own_since = self._count_own() - self._own_batches
-        age_batches = peer.swarm_batches() - own_since - int(checkpoint.facts["swarm_batches"])
-        limit = self._found.manifest.limits.displacement_max_age_batches
-        if age_batches > limit:
-            peer.meeting.drop_displacement()
-            self._ground.console.warn(
-                f"unpublished work of last time is dropped: the swarm has done {age_batches} batches since, more than {limit}"
-            )
+        age_batches, kept = self._work.judge(self._built.peer)
+        since = f"the swarm has done {age_batches} batches since"
+        if kept:
+            self._ground.console.say(f"unpublished work of last time is kept: {since}")
         else:
-            self._ground.console.say(f"unpublished work of last time is kept: the swarm has done {age_batches} batches since")
-
-    def _count_own(self) -> int:
-        """Own batches that are in the basepoint."""
-        peer = self._built.peer
-        return peer.meeting.replica.applied.batches.get(peer.meeting.exchange.stream_key, 0)
+            limit = self._work.max_age_batches
+            self._ground.console.warn(f"unpublished work of last time is dropped: {since}, more than {limit}")

@@ -29,8 +29,8 @@ from tscale_peers.assembly import RunTerms, Saved, assemble
 from tscale_peers.basepoint import Replica
 from tscale_peers.delta_log import DeltaLog
 from tscale_peers.meeting import Progress
-from tscale_peers.packet import Packet
 from tscale_peers.peer import PeerSettings, SwarmPeer
+from tscale_peers.restart import settle_after_crash
 
 
 @dataclass(slots=True)
@@ -120,18 +120,13 @@ def _start_again(ground: Ground, found: FoundRun) -> Tensor | None:
 
 
 def _settle_after_crash(ground: Ground, peer: SwarmPeer, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
-    """Own packets that were published after the checkpoint are in the log, and now in the basepoint. The training behind them is not in the
-    restored weights, so the displacement must not owe it."""
-    exchange = peer.meeting.exchange
-    if not exchange.recovered:
-        return
-    ground.console.say(f"{exchange.recovered} own packets recovered from the log")
+    """See restart.py; said for people."""
     # Parts of a large checkpoint may be older than its end.
     trained = trainer.steps if checkpoint is None else checkpoint.facts.get("copied_from_step", trainer.steps)
-    newest = max(exchange.log.keys(exchange.stream_key), key=lambda key: key[1])
-    body = exchange.log.get(newest)
-    if body is None or Packet.decode(body, exchange.terms).header.batches_total > trained:
-        peer.meeting.keep_unpublished(checkpoint.tensors["displacement"] if checkpoint is not None else None)
+    displacement = checkpoint.tensors["displacement"] if checkpoint is not None else None
+    recovered = settle_after_crash(peer.meeting, trained, displacement)
+    if recovered:
+        ground.console.say(f"{recovered} own packets recovered from the log")
 
 
 def progress_of(trainer: Trainer, trained: bool) -> Progress:

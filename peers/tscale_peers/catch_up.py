@@ -2,7 +2,7 @@
 
 Enters: what a neighbour has and this peer lacks, how many neighbours there are, the time. Leaves: chunks to fetch as snapshots and from
 whom; chunks whose packets are not asked for meanwhile.
-Rule: a chunk is fetched if its missing packets are more bytes than the chunk. Three things are asked first:
+Rule: if much is missing, a chunk is fetched if its missing packets are more bytes than the chunk. Three things are asked first:
 - nothing is lost by it: what this peer has and the neighbour lacks is in the own log, from which it is added again;
 - neighbours agree: as many as must vouch for a snapshot (or all, if there are fewer) lack far less than this peer does, one of them has
   work of its own in what is known here. A stranger's word is not enough to replace what was checked packet by packet;
@@ -53,10 +53,11 @@ class Verdict:
 class CatchUp:
     """See the module's head."""
 
-    def __init__(self, costs: Costs) -> None:
+    def __init__(self, costs: Costs, least_bytes: int = limits.catch_up_least_bytes) -> None:
         self.fetching: set[int] = set()
         """Chunks that are being fetched; whoever fetches them takes them out."""
         self._costs = costs
+        self._least_bytes = least_bytes
         self._doubts: dict[int, _Doubt] = {}
         self._tried_at: dict[int, float] = {}
 
@@ -68,6 +69,8 @@ class CatchUp:
         self._doubts = {chunk: doubt for chunk, doubt in self._doubts.items() if now - doubt.since < limits.catch_up_forgotten_s}
         fetch: list[int] = []
         leave = set(self.fetching)
+        if sum(count * self._costs.packet_bytes[chunk] for chunk, count in missing.items()) < self._least_bytes:
+            return Verdict(leave=frozenset(leave))
         for chunk, count in missing.items():
             if chunk in leave or not self._is_dear(chunk, count) or self._tried_lately(chunk, now):
                 continue

@@ -358,6 +358,11 @@ class Gossip:
             return None
         return NeedChunks(tuple(sorted({chunk for _, _, chunk in keys})), tuple(sorted(peers & authors or peers)))
 
+    def give_up(self, chunks: Iterable[int]) -> None:
+        """These are not being fetched as snapshots, or not any more: their packets may be asked for."""
+        if self.catch_up is not None:
+            self.catch_up.fetching.difference_update(chunks)
+
     # -- for people --------------------------------------------------------------------------------------------------
 
     def backlog(self) -> int:

@@ -201,7 +201,7 @@ def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.Ta
         except Refused as refusal:
             peer.board.refuse(refusal, "the swarm")
         finally:
-            no_longer_fetched(chunks)
+            peer.gossip.give_up(chunks)
         for index in fetch.loaded:
             rests[index] = (rests[index][0], limits.chunk_reload_pause_s / 2)
         if fetch.loaded:
@@ -209,10 +209,6 @@ def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.Ta
             why = "that is fewer bytes than the deltas missed" if for_its_price else "their deltas are no longer kept by anybody"
             text = f"{len(fetch.loaded)} chunks of the basepoint came as a snapshot: {why}{kept}"
             peer.board.tell("catch-up", text)
-
-    def no_longer_fetched(chunks: Iterable[int]) -> None:
-        if peer.gossip.catch_up is not None:
-            peer.gossip.catch_up.fetching.difference_update(chunks)
 
     def start(need: NeedChunks) -> None:
         now = peer.outside.clock.now()
@@ -222,7 +218,7 @@ def reload_when_needed(peer: SwarmPeer, manifest: RunManifest, tasks: asyncio.Ta
             rests[chunk] = (now + rest, rest)
         if fresh:
             tasks.create_task(reload(fresh, need.sources, need.for_its_price))
-        no_longer_fetched(set(need.chunks).difference(fresh))
+        peer.gossip.give_up(set(need.chunks).difference(fresh))
 
     peer.reload_chunks = start
 

@@ -220,6 +220,8 @@ batches_per_publication = 16
 publications, while nobody ends everybody's rate schedule with one false number."""
 count_max = (1 << 53) - 1
 """Largest count in a record or shown: exact in JSON, and 256 of them add up within 64 bits."""
+catch_up_least_bytes = 64 << 20
+"""Missing packets of fewer bytes are pulled, whatever chunks would cost: that takes a minute at 10 Mbit/s, and every one is checked."""
 catch_up_patience_s = 10.0
 """Packets of a chunk that a snapshot would replace for fewer bytes are not asked for so long, until a second neighbour has been compared."""
 catch_up_forgotten_s = 60.0

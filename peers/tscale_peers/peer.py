@@ -87,7 +87,7 @@ class SwarmPeer:
         self.training_active = False
         """Set by the trainer's owner; while False the event loop holds meetings itself."""
         self.leaving = False
-        self.reload_chunks: Callable[[NeedChunks], None] = lambda need: None
+        self.reload_chunks: Callable[[NeedChunks], None] = lambda need: gossip.give_up(need.chunks)
         """Called when packets can only come inside snapshot chunks (joining.py)."""
         self.measured = NOT_MEASURED
         """Held-out losses, set by whoever evaluates here."""

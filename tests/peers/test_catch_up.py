@@ -20,32 +20,37 @@ def weigh(catch_up: CatchUp, peer: str = "a", missing: dict[int, int] = MUCH, **
 
 
 def test_each_chunk_takes_the_cheaper_way() -> None:
-    verdict = weigh(CatchUp(COSTS), missing={0: 11, 1: 50})
+    verdict = weigh(CatchUp(COSTS, 0), missing={0: 11, 1: 50})
     assert verdict == Verdict((0,), ("a",), frozenset({0})), "50 packets of chunk 1 are as many bytes as the chunk: the log stays"
-    assert weigh(CatchUp(COSTS), missing={0: 10, 1: 51}).fetch == (1,)
+    assert weigh(CatchUp(COSTS, 0), missing={0: 10, 1: 51}).fetch == (1,)
+
+
+def test_little_comes_as_packets_whatever_chunks_cost() -> None:
+    assert weigh(CatchUp(COSTS, 1101)) == Verdict()
+    assert weigh(CatchUp(COSTS, 1100)).fetch == (0,)
 
 
 def test_one_of_several_neighbours_is_not_enough_and_only_authors_give() -> None:
-    catch_up = CatchUp(COSTS)
+    catch_up = CatchUp(COSTS, 0)
     assert weigh(catch_up, "a", neighbours=3) == Verdict((), (), frozenset({0})), "its packets wait for a second opinion"
     assert weigh(catch_up, "b", neighbours=3, is_author=False, now=1.0) == Verdict((0,), ("a",), frozenset({0}))
-    strangers = CatchUp(COSTS)
+    strangers = CatchUp(COSTS, 0)
     assert not weigh(strangers, "a", is_author=False, neighbours=3).fetch
     assert not weigh(strangers, "b", is_author=False, neighbours=3).fetch
 
 
 def test_without_a_second_opinion_the_log_is_used_in_the_end() -> None:
-    catch_up = CatchUp(COSTS)
+    catch_up = CatchUp(COSTS, 0)
     assert weigh(catch_up, neighbours=3).leave == {0}
     assert weigh(catch_up, neighbours=3, now=limits.catch_up_patience_s) == Verdict()
 
 
 def test_what_only_this_peer_has_must_be_in_its_log() -> None:
-    assert weigh(CatchUp(COSTS), recoverable=lambda chunk: chunk != 0) == Verdict()
+    assert weigh(CatchUp(COSTS, 0), recoverable=lambda chunk: chunk != 0) == Verdict()
 
 
 def test_while_a_chunk_is_fetched_its_packets_are_left_alone_and_afterwards_they_are_not() -> None:
-    catch_up = CatchUp(COSTS)
+    catch_up = CatchUp(COSTS, 0)
     assert weigh(catch_up).fetch == (0,)
     assert weigh(catch_up, now=1.0) == Verdict((), (), frozenset({0}))
     catch_up.fetching.discard(0)
