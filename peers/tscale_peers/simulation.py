@@ -192,7 +192,9 @@ class SimulatedSwarm:
         sim.started_at = self.clock.now()
         sim.lives += 1
         place = sim.conditions
-        transport = self.network.transport(sim.identity, sim.name, known_run, listens=place.listens, line=place.line, stall=sim.stall)
+        transport = self.network.transport(
+            sim.identity, sim.name, known_run, listens=place.listens, line=place.line, stall=sim.stall, clock_ahead_s=place.clock_ahead_s
+        )
         rng = random.Random(self.rng.random())
         clock: Clock = self.clock
         if sim.stall is not None or place.clock_ahead_s:
