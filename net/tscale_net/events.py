@@ -87,8 +87,8 @@ class EventQueue:
         """No more events will come."""
         self._closed = True
         self._wake()
+        self._roomy.set()
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
-        self._roomy.set()
