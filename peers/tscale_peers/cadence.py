@@ -15,6 +15,7 @@ What is not published yet stays in the displacement and costs no bytes: a longer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -98,9 +99,9 @@ class Pacer:
         """Set the pace anew; see `pace`."""
         self.pace = pace(publication_bytes, received, (own, *others), self.up.bytes_per_s)
 
-    def due(self, published_at: float | None, now: float) -> bool:
-        """May this peer publish, as far as links go? published_at: when it did so last."""
-        return published_at is None or now - published_at >= self.pace.interval_s
+    def next_at(self, published_at: float | None) -> float:
+        """From when on this peer may publish, as far as links go. published_at: when it did so last."""
+        return -math.inf if published_at is None else published_at + self.pace.interval_s
 
 
 def _rate(bytes_per_s: float) -> str:

@@ -223,7 +223,7 @@ count_max = (1 << 53) - 1
 catch_up_least_bytes = 64 << 20
 """Missing packets of fewer bytes are pulled, whatever chunks would cost: that takes a minute at 10 Mbit/s, and every one is checked."""
 catch_up_patience_s = 10.0
-"""Packets of a chunk that a snapshot would replace for fewer bytes are not asked for so long, until a second neighbour has been compared."""
+"""Packets of a chunk that a snapshot would replace for fewer bytes are not asked for so long, or until two neighbours were compared."""
 catch_up_forgotten_s = 60.0
 """What neighbours were far ahead with is old news after this."""
 catch_up_again_s = 300.0

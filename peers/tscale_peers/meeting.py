@@ -8,6 +8,7 @@ The event loop never touches weights or replica arithmetic; the trainer never to
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -87,6 +88,8 @@ class MeetingPoint:
         self.replica = replica
         self.share = 1.0
         """Set by the event loop from everybody's rates."""
+        self.publish_not_before = -math.inf
+        """Set by the event loop: what links allow, on the clock."""
         self.may_publish = False
         """Set by the event loop: joined, not leaving, uplink free."""
         self.post: Callable[[Met], None] = lambda met: None
@@ -144,7 +147,8 @@ class MeetingPoint:
                 self.exchange.mark_trained()
             self.last_progress = progress
             self._run_errands()
-            due = self.may_publish and progress.steps - self._published_at_step >= self.publish_every_steps
+            may = self.may_publish and self._clock.now() >= self.publish_not_before
+            due = may and progress.steps - self._published_at_step >= self.publish_every_steps
             sent = self._advance()
             begins = due and not self._outgoing.under_way
             receipts, lost = self._receive(at_once=begins or not progress.trained)

@@ -1,8 +1,7 @@
 """One peer of a swarm: the thin shell around pure state. It owns tasks and feeds events; gossip, membership and the replica decide.
 
 Enters: transport events, meetings of the training thread, the clock. Leaves: frames, and notices for people.
-Everything here runs on the event loop; the training thread meets it only in `MeetingPoint`. The same class runs on real sockets and in the
-virtual-time simulation.
+Everything here runs on the event loop; the training thread meets it only in `MeetingPoint`. Simulations run the same class.
 """
 
 from __future__ import annotations
@@ -234,6 +233,7 @@ class SwarmPeer:
             self._learn(decode_records(frame.body), frame.peer)
         elif frame.kind in GOSSIP_KINDS:
             self._do(self.gossip.on_frame(frame.peer, frame.kind, frame.body, self.outside.clock.now()))
+            self.pulse.heard(self.outside.clock.now())
             self._want_flush()
         else:
             raise Refused("unknown-kind", f"a message of kind {frame.kind}, which this program does not know")

@@ -107,11 +107,16 @@ class Pulse:
 
     # -- may it publish? ---------------------------------------------------------------------------------------------
 
+    def heard(self, now: float) -> None:
+        """A neighbour spoke of packets: a receipt may be what a publication waits for."""
+        if not self._peer.meeting.may_publish:
+            self.consider_publishing(now)
+
     def consider_publishing(self, now: float) -> None:
         """Whether the next meeting that is due may publish."""
         peer = self._peer
-        due = peer.pacer.due(peer.last_delta_at.get(peer.author.peer_id), now)
-        peer.meeting.may_publish = not peer.leaving and not peer.gossip.hold and due and self._uplink_free(now)
+        peer.meeting.publish_not_before = peer.pacer.next_at(peer.last_delta_at.get(peer.author.peer_id))
+        peer.meeting.may_publish = not peer.leaving and not peer.gossip.hold and self._uplink_free(now)
 
     def _uplink_free(self, now: float) -> bool:
         """Some neighbour, however slow the others are, holds what was published before; or nobody has shown any interest for long."""

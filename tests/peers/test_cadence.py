@@ -14,6 +14,7 @@ from tscale_net.virtual_time import run_virtual
 from tscale_peers import limits
 from tscale_peers.cadence import NO_BOUND, LinkOf, Pacer, Standing, pace, slowest_useful
 from tscale_peers.capacity import Capacity
+from tscale_peers.simulation import SimulatedSwarm, small_run
 from tscale_peers.wants import WantList
 
 MEGA = 1e6
@@ -127,9 +128,8 @@ def test_a_pacer_measures_only_when_more_than_a_round_is_missing() -> None:
         pacer.measure(Standing(second * 1000, 0, backlog=41, unheld=0, chunks=10, live=4), float(second))
     assert pacer.down.bytes_per_s == pytest.approx(1000)
     pacer.choose(3000.0, 3, LinkOf("me", 1000.0, 10.0), [])
-    assert not pacer.due(100.0, 100.0 + pacer.pace.interval_s - 0.1)
-    assert pacer.due(100.0, 100.0 + pacer.pace.interval_s + 0.1)
-    assert pacer.due(None, 0.0), "the first publication waits for nothing"
+    assert pacer.next_at(100.0) == 100.0 + pacer.pace.interval_s > 101
+    assert pacer.next_at(None) < 0, "the first publication waits for nothing"
 
 
 # -- limit of downloads ------------------------------------------------------------------------------------------------
@@ -153,3 +153,23 @@ def test_packets_are_asked_for_no_faster_than_allowed() -> None:
 
     asked = run_virtual(ask)
     assert 18 <= sum(asked) <= 22 and max(asked) <= 2
+
+
+@pytest.mark.parametrize("peers", [1, 3])
+def test_where_links_ask_for_nothing_everybody_publishes_as_often_as_the_run_says(peers: int) -> None:
+    manifest, start = small_run(publish_every_steps=3)
+
+    async def train(clock: Clock, rng: Rng) -> list[tuple[int, int]]:
+        swarm = SimulatedSwarm(manifest, start, clock, rng, latency_s=0.01)
+        address = await swarm.found(swarm.add(step_s=0.1))
+        for _ in range(peers - 1):
+            await swarm.join(swarm.add(step_s=0.1), address)
+        await clock.sleep(5)
+        before = [(sim.steps, sim.peer.published if sim.peer else 0) for sim in swarm.peers]
+        await clock.sleep(30)
+        after = [(sim.steps, sim.peer.published if sim.peer else 0) for sim in swarm.peers]
+        await swarm.end()
+        return [(now[0] - was[0], now[1] - was[1]) for was, now in zip(before, after, strict=True)]
+
+    for steps, published in run_virtual(train):
+        assert published >= 0.8 * steps / 3

@@ -77,12 +77,26 @@ class Forger:
                 self.transport.send(peer, MISSING, event.body)
 
 
+class StandsStill:
+    """Was the same said several times in a row?"""
+
+    def __init__(self, times: int) -> None:
+        self._times, self._last, self._count = times, "", 0
+
+    def __call__(self, said: str) -> bool:
+        self._count = self._count + 1 if said and said == self._last else 0
+        self._last = said
+        return self._count >= self._times
+
+
 @pytest.mark.timeout(120)
 async def test_a_stranger_cannot_replace_a_chunk_of_a_running_peer(swarm: Swarm, tmp_path: Path) -> None:
     seed = swarm.seed(write_run(tmp_path / "run"), free_port())
     await asyncio.to_thread(seed.training, 4)
     await asyncio.to_thread(seed.command, "pause")
     await asyncio.to_thread(seed.until, lambda s: s.phase == "paused" and s.steps_since_publish < 3, "pause")
+    stands_still = StandsStill(times=20)
+    await asyncio.to_thread(seed.until, lambda s: stands_still(s.basepoint_hash), "what was being published is out")
     before = await asyncio.to_thread(seed.until, lambda s: bool(s.basepoint_hash), "state")
     await Forger(seed).attack(seed.address)
     after = await asyncio.to_thread(seed.until, lambda s: s.uptime_s > before.uptime_s + 3, "three more seconds")
