@@ -256,8 +256,8 @@ def test_everybody_is_killed_and_one_home_is_left(log_survives: bool) -> None:
         await founded(swarm, 4)
         await swarm.clock.sleep(30)
         left = swarm.peers[2]
-        swarm.save(left)
         state = of(left).meeting.settle()
+        swarm.save(left)
         if log_survives:
             await swarm.clock.sleep(15)
             state = of(left).meeting.settle()
