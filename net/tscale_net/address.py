@@ -12,6 +12,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tscale_net import limits
 from tscale_net.errors import Refused
@@ -51,6 +52,7 @@ class Address:
         return f"{self.peer_id}@{self.host_port}" if self.peer_id else self.host_port
 
 
+@lru_cache(limits.ADDRESSES_READ)
 def parse(text: str) -> Address:
     """Read any of the three forms. Raises Refused("bad-address" or "bad-peer-id")."""
     text = text.strip()

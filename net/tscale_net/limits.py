@@ -20,6 +20,8 @@ HELLO_BYTES = 4 * KIB
 """A signed HELLO is about 300 bytes plus up to 8 addresses of 256."""
 NAME_CHARACTERS = 64
 REASON_CHARACTERS = 400
+ADDRESSES_READ = 1024
+"""Addresses kept as read: peers are dialled again and again, and a multiaddr takes half a millisecond to read."""
 ADDRESS_CHARACTERS = 256
 ADDRESSES_PER_PEER = 8
 

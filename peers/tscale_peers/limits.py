@@ -92,26 +92,27 @@ records_bytes_max = 48 << 10
 """Records in one message: a control body may have 64 KiB, and a record of 8 long addresses has 2.4."""
 records_per_s, records_burst = 100.0, 600.0
 """Records that one neighbour may tell: a new link tells all 256 at once, then about 10 a second; each costs a signature check."""
-record_old_s = 90.0
-"""A record whose own date lies further back than this is old news of a peer that may be gone: honest clocks differ by less, or they could
-not link."""
+record_old_s = 240.0
+"""A record whose own date lies further back than this is old news of a peer that may be gone: honest clocks differ by 90 s at most, or they
+could not link, and a record is renewed every two minutes and takes half a minute to come."""
 heartbeat_s = 2.0
 """A record is renewed this often in small swarms."""
-heartbeat_per_peer_s = 1.0
-"""In large ones once per this times the number of peers: record traffic stays about one record a second over each link."""
+heartbeat_pairs_per_s, heartbeat_most_s = 32.0, 120.0
+"""In larger ones so that this many pairs of peers are told a second, and at least so often: every 8 s among 16, every 2 minutes from 64 on.
+Who is there does not depend on it, only how old is what peers state of their work."""
 links_renewed_s = 2.0
 """A change of links is stated this soon: a peer that comes or goes changes several links at once."""
-heartbeat_parts = 3
+heartbeat_parts = 6
 """News of others is gathered for this part of a heartbeat before it is told on: it then takes about a heartbeat through any swarm."""
 record_tellers = 3
 """Of a peer's neighbours, the number that tell it of a third one's new record, others than its author: each record anew by its bytes.
 Who misses one by chance hears the next; news that cannot wait is told by all."""
-links_renewed_parts = 16
+links_renewed_parts = 32
 """Of a heartbeat, likewise, in large swarms."""
-urgent_parts = 16
+urgent_parts = 32
 """Of a heartbeat: news that cannot wait (who comes, who goes) is gathered for so long, or for `tick_s` if that is longer."""
 suspect_s = 7.0
-suspect_parts = 4
+suspect_parts = 12
 """Of a heartbeat, if that is longer: what others state of a newcomer's links takes some seconds through a large swarm."""
 dead_s = 15.0
 """Without any chain of links. A killed peer's links are reset at once, or fall silent for 14 s; stalls of 5 s break no link."""

@@ -11,6 +11,7 @@ again now and then, so that partitions heal. Pure state: the time and the random
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -147,7 +148,7 @@ class Membership:
 
     def heartbeat_s(self) -> float:
         """Seconds between renewals: longer in larger swarms, so that record traffic per peer stays bounded."""
-        return max(limits.heartbeat_s, limits.heartbeat_per_peer_s * len(self.book))
+        return max(limits.heartbeat_s, min(len(self.book) ** 2 / limits.heartbeat_pairs_per_s, limits.heartbeat_most_s))
 
     def state(self, peer: PeerId) -> State:
         return self._state.get(peer, State.DEAD)
@@ -159,7 +160,7 @@ class Membership:
             return []
         self._forget_the_forgotten()
         changes = []
-        self._judge_at = now + limits.dead_s
+        self._judge_at = math.inf
         heartbeat_s = self.heartbeat_s()
         self._longest_silence_s = max(limits.dead_s, limits.dead_heartbeats * heartbeat_s)
         self._suspect_s = min(max(limits.suspect_s, heartbeat_s / limits.suspect_parts), limits.dead_s)
@@ -181,6 +182,7 @@ class Membership:
             return State.LEFT
         if peer in self._reach.peers and now - heard.heard_at < self._longest_silence_s:
             self._there_at[peer] = now
+            self._judge_at = min(self._judge_at, heard.heard_at + self._longest_silence_s)
             return State.LIVE
         silent_s = now - max(heard.heard_at, self._there_at.get(peer, heard.heard_at))
         if silent_s >= limits.dead_s:

@@ -73,11 +73,11 @@ def test_of_a_peer_that_cannot_name_all_its_links_the_other_ends_word_counts() -
 
 
 def members(*records: bytes, linked: tuple[int, ...] = (2,)) -> Membership:
-    """Peer 1 in a swarm of a dozen, where records are renewed every dozen seconds."""
+    """Peer 1 in a swarm of about 28, where records are renewed every 24 seconds."""
     m = Membership(peer(1), RecordBook(RUN, verify), random.Random(0))
     for n in linked:
         m.link_up(peer(n))
-    for record in (*records, *(sealed(n) for n in range(50, 60))):
+    for record in (*records, *(sealed(n) for n in range(50, 75))):
         m.learn(record, 0.0)
     return m
 
