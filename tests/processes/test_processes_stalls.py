@@ -59,7 +59,7 @@ def test_all_are_killed_and_one_home_is_left(swarm: Swarm, tmp_path: Path) -> No
     seed.command("pause")
     seed.until(lambda s: s.phase == "paused", "pause")
     status = seed.until(lambda s: bool(s.recent), "recent states")
-    assert state in {(row.applied_digest, row.basepoint_hash) for row in status.recent}, "it went through the very state in which everybody died"
+    assert state in {(row.applied_digest, row.basepoint_hash) for row in status.recent}, "through the very state in which all died"
 
     resume([seed])
     newcomers = [swarm.join(name, seed.address) for name in ("cat", "dan")]
