@@ -64,6 +64,7 @@ MARGIN = 0.08
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_four_peers_with_one_bit_deltas_learn_more_than_one_peer(tmp_path: Path) -> None:
     """Equal steps, equal rate, real text. The figures with the rate scanned and three seeds are in docs/learning.md."""
     data = prepare_data(DataSection(), tmp_path)

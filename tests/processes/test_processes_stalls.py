@@ -16,6 +16,7 @@ STALL_S = 5.0
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_a_process_that_is_stopped_for_5_seconds_is_not_taken_for_dead(swarm: Swarm, tmp_path: Path) -> None:
     seed = swarm.seed(write_run(tmp_path / "run"), free_port())
     seed.training()
