@@ -20,12 +20,14 @@ The algebra, which works without any network:
 What a run and its peers are:
     manifest.py         what a run agrees on, and its hash     records.py     signed peer records
     membership.py       live, suspect, dead                    share.py       a peer's part of the swarm's work
+    reach.py            who is there, by stated links          record_news.py who is told of which record
 How packets and newcomers travel:
     messages.py         wire messages                          gossip.py      push, have/want, anti-entropy
     intake.py           packets coming in: check, log, apply   meeting.py     where the trainer's thread meets the swarm
     inbox.py            what waits for a meeting               outgoing.py    own work on its way out of one
     meeting_time.py     what meetings cost, by cause
     joining.py          learn the run, snapshot, catch-up      donor.py       what a peer gives to newcomers
+    catch_up.py         far behind: log or snapshot?           restart.py     coming back from a home
     leaving.py          graceful leave                         agreement.py   states compared with others' states
 How chunks have owners, so that traffic stops growing with the swarm:
     owners.py           who owns what, by hashing              routing.py     the next step on a way over links
@@ -38,8 +40,11 @@ What one neighbour may cause:
     set_parts.py        sets too large for one message         turns.py       neighbours take turns at being checked
 The shell:
     peer.py             owns the tasks, feeds events, executes actions; dialler.py, herald.py and notices.py are its helpers
-    surroundings.py     what it is given                       traffic.py     bytes up and down
-    assembly.py         puts one peer together                 simulation.py  whole swarms in virtual time
+    pulse.py            what it does because time has passed   traffic.py     bytes up and down
+    surroundings.py     what it is given                       assembly.py    puts one peer together
+Whole swarms in virtual time:
+    simulation.py       founds, joins, kills, restarts peers   simulated_peer.py      one of them, its machine, its home
+    simulated_training.py   what stands in for training
 
 The rule that everything serves: publish q = codec(d), B += c*q, d -= leak*q; receive B += c*q with d untouched. B lives on integers, so
 addition commutes exactly, and replicas with equal applied sets have equal bits.
