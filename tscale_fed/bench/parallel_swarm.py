@@ -29,6 +29,8 @@ from tscale_net.ports import SystemClock
 LOOK_S = 0.25
 JOIN_S = 240.0
 """Starting one peer: importing, drawing or fetching weights, compiling kernels."""
+FAILURE_LINES = 4
+"""Of a peer that died: the end of its output, which says why."""
 EVALUATE_S = 5.0
 """Between two held-out losses of the basepoint."""
 
@@ -38,7 +40,8 @@ def measure_swarm(job: Job, folder: Path, arguments: argparse.Namespace, seconds
     try:
         return asyncio.run(_Swarm(job, folder / "swarm", arguments, say).run(seconds))
     except Refused as refused:
-        return {"row": "swarm", "ranks": arguments.gpus, "failure": refused.detail.splitlines()[0]}
+        first, *rest = refused.detail.splitlines()
+        return {"row": "swarm", "ranks": arguments.gpus, "failure": " ".join([first, *(line.strip() for line in rest[-FAILURE_LINES:])])}
 
 
 class _Swarm:
