@@ -118,8 +118,8 @@ class SwarmSection(Section, frozen=True):
     """"share": sum rule (1 bit, short intervals). "one": averaging rule (long intervals)."""
     momentum_keep: Literal["share", "one"] = "share"
     """"share" belongs to the sum rule, "one" to the averaging rule."""
-    chunk_params: Annotated[int, Meta(ge=1 << 10, le=1 << 21)] = 1 << 20
-    """Weights per packet at most: one bit each."""
+    chunk_params: Annotated[int, Meta(ge=0, le=1 << 21)] = 0
+    """Weights per packet at most, from 1024; 0: as many as suit the model and fit into a message with its codec."""
     displacement_max_age_batches: AtLeast1 = 2000
     """A peer that comes back drops its unpublished work if the swarm has done more batches than this since."""
     average_window_s: Annotated[float, Meta(gt=0.0)] = 3600.0

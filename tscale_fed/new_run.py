@@ -23,6 +23,13 @@ UNIT_EXPONENT = -22
 costs less than the bit; int32 then reaches +-256, where weights start at 0.5 and grow slowly. One unit for all: matrices that start at
 zero need one too, and all of them move by the same absolute step."""
 
+LARGEST_CHUNK, USUAL_CHUNK = 1 << 21, 1 << 20
+LARGE_MODEL = 1 << 29
+"""Weights from which chunks are as large as packets allow: what a packet costs its receiver hardly depends on its size, and such a model
+still has some hundred chunks to share out between their owners."""
+LEAST_CHUNK = 1 << 10
+"""As manifests allow."""
+
 DATA_KEY = "data"
 """Section of the manifest's `trainer` that holds the data recipe; the rest is `Recipe`."""
 
@@ -38,7 +45,15 @@ def create_run(config: RunConfig, data: TokenData, admin_key: bytes, created_uni
     Raises Refused: "bad-shape", "bad-manifest" naming what does not fit.
     """
     shape = model_shape(config.recipe(), data.vocab)
-    manifest = RunManifest(
+    manifest = with_chunks(_manifest(config, data, shape, admin_key, created_unix), config.swarm.chunk_params)
+    replica = RunTerms.of(manifest).new_replica()
+    replica.set_start(start_weights(config.recipe(), shape))
+    return msgspec.structs.replace(manifest, start_hash=replica.hash()), replica.weights()
+
+
+def _manifest(config: RunConfig, data: TokenData, shape: ModelShape, admin_key: bytes, created_unix: float) -> RunManifest:
+    """Not checked yet; its chunks and its start hash come later."""
+    return RunManifest(
         name=config.run.name,
         tensors=tensor_specs(shape),
         start_hash=b"\x00" * 32,
@@ -48,7 +63,6 @@ def create_run(config: RunConfig, data: TokenData, admin_key: bytes, created_uni
         sum_codec=config.swarm.sum_codec,
         spread=config.swarm.spread,
         codec_for=config.swarm.codec_for,
-        chunk_params=config.swarm.chunk_params,
         publish_every_steps=config.swarm.publish_every_steps,
         budget_batches=config.swarm.budget_batches,
         rule=RuleSpec(config.swarm.share_scale, config.swarm.own_leak, config.swarm.momentum_keep),
@@ -56,10 +70,30 @@ def create_run(config: RunConfig, data: TokenData, admin_key: bytes, created_uni
         admin_keys=[admin_key],
         average_window_s=config.swarm.average_window_s,
         average_cuts=config.swarm.average_cuts,
-    ).check()
-    replica = RunTerms.of(manifest).new_replica()
-    replica.set_start(start_weights(config.recipe(), shape))
-    return msgspec.structs.replace(manifest, start_hash=replica.hash()), replica.weights()
+    )
+
+
+def with_chunks(manifest: RunManifest, asked: int) -> RunManifest:
+    """Checked, with chunks of `asked` weights; 0: of `usual_chunk`, halved until a packet fits into a message.
+
+    Raises Refused("bad-manifest").
+    """
+    chunk = asked or usual_chunk(sum(tensor.size for tensor in manifest.tensors))
+    widest = max(tensor.cols for tensor in manifest.tensors)
+    refused: Refused | None = None
+    while True:
+        try:
+            return msgspec.structs.replace(manifest, chunk_params=chunk).check()
+        except Refused as error:
+            refused = refused or error
+        chunk //= 2
+        if asked or chunk < max(LEAST_CHUNK, widest):
+            raise refused
+
+
+def usual_chunk(weights: int) -> int:
+    """Weights of a chunk where nothing is asked for, in a model of so many."""
+    return LARGEST_CHUNK if weights >= LARGE_MODEL else USUAL_CHUNK
 
 
 def start_of(manifest: RunManifest, recipe: Recipe, vocab: int) -> torch.Tensor:
@@ -104,6 +138,7 @@ def check_same_settings(manifest: RunManifest, config: RunConfig) -> None:
         ("[run] name", manifest.name, config.run.name),
         *((f"[{key}]" if key != "seed" else "[run] seed", trainer.get(key), wanted[key]) for key in wanted),
         *((f"[swarm] {key}", getattr(manifest, key), getattr(swarm, key)) for key in _SWARM_KEYS),
+        ("[swarm] chunk_params", manifest.chunk_params, swarm.chunk_params or manifest.chunk_params),
         ("[swarm]", manifest.rule, RuleSpec(swarm.share_scale, swarm.own_leak, swarm.momentum_keep)),
         ("[swarm]", manifest.limits, RunLimits(displacement_max_age_batches=swarm.displacement_max_age_batches)),
     ]
@@ -119,7 +154,7 @@ def check_same_data(manifest: RunManifest, config: RunConfig, data: TokenData) -
 
 
 _SWARM_KEYS = (
-    "codec", "sum_codec", "spread", "codec_for", "chunk_params", "publish_every_steps", "budget_batches", "average_window_s",
+    "codec", "sum_codec", "spread", "codec_for", "publish_every_steps", "budget_batches", "average_window_s",
     "average_cuts",
 )  # fmt: skip
 

@@ -25,6 +25,7 @@ from tscale_fed import donor_state
 from tscale_fed.config import Recipe
 from tscale_fed.data.token_data import TokenData
 from tscale_fed.engine.interface import StepBatch, TrainingEngine
+from tscale_fed.engine.small_work import on_one_thread
 from tscale_fed.model.labels import draw_token_keep
 from tscale_fed.optimizer.rule import Optimizer
 from tscale_fed.optimizer.schedule import rate
@@ -218,6 +219,10 @@ class Trainer:
 
     def _batch(self, step: int) -> StepBatch:
         """The text of a step, `step` own steps done before, with its token drops and noise."""
+        with on_one_thread(beside_gpu=self.weights.is_cuda):
+            return self._drawn_batch(step)
+
+    def _drawn_batch(self, step: int) -> StepBatch:
         section, shape = self.recipe.batch, self.engine.parameters.shape
         text, target = self.data.batch(self.recipe.seed, self.peer_id, step, section.fragments * section.accumulate, section.length)
         seed = self._noise_seed(step)

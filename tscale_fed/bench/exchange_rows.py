@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from tscale_fed.bench.exchange_load import Arrivals, Step, layout_bytes, new_exchange, other_authors_bodies
-from tscale_fed.config import SwarmSection
 from tscale_fed.model.shape import ModelShape
-from tscale_fed.new_run import tensor_specs
+from tscale_fed.new_run import tensor_specs, usual_chunk
 from tscale_net.ports import SystemClock
 from tscale_peers import limits
 from tscale_peers.codec import codec_named
@@ -50,7 +49,8 @@ class Setting:
     def of(shape: ModelShape, arguments: argparse.Namespace) -> Setting:
         """Raises Refused for a codec or layout that cannot be."""
         codec = codec_named(arguments.codec)
-        layout = Layout.build(tensor_specs(shape), arguments.chunk_params or SwarmSection().chunk_params)
+        specs = tensor_specs(shape)
+        layout = Layout.build(specs, arguments.chunk_params or usual_chunk(sum(spec.size for spec in specs)))
         by_owners = arguments.peers >= limits.owners_from_peers
         payloads = arguments.payloads or (OWNERS_PAYLOADS if by_owners else float(max(1, arguments.peers - 1)))
         terms = Terms(RUN, layout, codec)

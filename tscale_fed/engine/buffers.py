@@ -15,6 +15,7 @@ from torch import Tensor
 from tscale_fed.engine.interface import StepBatch
 from tscale_fed.engine.kernel_order import rotation
 from tscale_fed.engine.layout import Sizes, buffer_specs
+from tscale_fed.engine.small_work import on_one_thread
 from tscale_fed.model.loss import NO_TARGET
 from tscale_kernels.dither import ref_hash
 from tscale_kernels.head import HeadScratch
@@ -149,6 +150,10 @@ class Buffers:
 
         `index`: number of the micro-batch in its step; it and the batch's seed decide the rounding noise.
         """
+        with on_one_thread(beside_gpu=self.labels.is_cuda):
+            self._load(part, index, doc_start_token)
+
+    def _load(self, part: StepBatch, index: int, doc_start_token: int | None) -> None:
         rows = part.text.numel()
         self._fill(self.labels, part.labels.flatten(0, 1), rows, NO_LABEL)
         self._fill(self.signs, part.signs.expand(rows, -1), rows, 0)
