@@ -231,7 +231,7 @@ def to_input_coded(setting: Setting, code: torch.dtype) -> Case:
             "out_unit": setting.poisoned((columns // 128, rows), torch.float32),
         },
         run=lambda out, backend: matmul_dgrad.to_input(*b.product(), backend=backend, **out),
-        limits={"out": 0, "out_unit": 0} if code == torch.int8 else {"out": CodeLimit(2e-2), "out_unit": product_limit(code)},
+        limits={"out": 0, "out_unit": 0} if code == torch.int8 else {"out": CodeLimit(4e-2), "out_unit": product_limit(code)},
         matmul=(rows, columns, depth),
         bytes_moved=rows * (depth * code.itemsize + columns) + columns * depth * code.itemsize,
     )
@@ -240,6 +240,7 @@ def to_input_coded(setting: Setting, code: torch.dtype) -> Case:
 def through_relu_norm(setting: Setting, code: torch.dtype) -> Case:
     rows, depth, columns = setting.sizes.rows, setting.sizes.width, setting.sizes.ffn_width
     b = backwards(setting, code, columns, depth)
+    rounded = max(1e-3, product_limit(code))
     return Case(
         outputs=lambda: (
             {
@@ -252,7 +253,7 @@ def through_relu_norm(setting: Setting, code: torch.dtype) -> Case:
         run=lambda out, backend: matmul_dgrad.through_relu_norm(
             *b.product(), hidden=b.normalised, rms=b.rms, token_weight=b.token_weight, input_scale=b.input_scale(), backend=backend, **out
         ),
-        limits={"out": 1e-3, "row_max": 1e-3, "column_max": 1e-3} | input_limits(code),
+        limits={"out": rounded, "row_max": rounded, "column_max": rounded} | input_limits(code),
         exact=lambda: {"out": b.exact_through_norm(torch.where(b.normalised.double() >= 0, b.exact(), 0.0))},
         exact_limits={"out": 4e-3},
         matmul=(rows, columns, depth),
