@@ -101,8 +101,8 @@ class SwarmSection(Section, frozen=True):
 
     budget_batches: AtLeast1 = 10_000
     """Batches of all peers together that the rate schedule is laid out for; `tscale train` stops there."""
-    publish_every_steps: AtLeast1 = 5
-    """Own steps between two deltas. Measured: short intervals beat precision."""
+    publish_every_steps: AtLeast1 = 1
+    """Own steps between two deltas at least; links and the time for exchanges make it more. Measured: short intervals beat precision."""
     codec: str = "sign"
     """How a delta is packed: "sign" = 1 bit per weight and one scale per row; docs/protocol.md lists the others."""
     codec_for: dict[str, str] = {}

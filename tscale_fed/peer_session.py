@@ -185,7 +185,9 @@ class PeerSession:
     async def _train(self) -> None:
         batch, manifest = self.found.recipe.batch, self.found.manifest
         tokens = batch.fragments * batch.accumulate * batch.length
-        plan = f"plan: {tokens} tokens a step, a delta every {manifest.publish_every_steps} steps"
+        every = manifest.publish_every_steps
+        often = f"every {every} steps" if every > 1 else "after every step"
+        plan = f"plan: {tokens} tokens a step, a delta {often}, less often where links or the time for exchanges ask for it"
         self.ground.console.say(f"{self.built.device.reason}  {plan}")
         self.built.peer.training_active = True
         await self.built.peer.off_loop(lambda: None)  # an idle meeting that has begun ends before the first step

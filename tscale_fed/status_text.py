@@ -143,7 +143,8 @@ def own_parts(status: Status) -> list[str]:
         f"share {percent_text(status.share)}",
     ]
     if status.steps_since_publish is not None and status.publish_every_steps:
-        parts.append(f"delta {status.steps_since_publish}/{status.publish_every_steps}")
+        every = f"/{status.publish_every_steps}" if status.publish_every_steps > 1 else " steps ago"
+        parts.append(f"delta {status.steps_since_publish}{every}")
     if status.displacement is not None:
         parts.append(f"|d| {status.displacement:.2g}")
     if status.rate is not None:

@@ -107,6 +107,8 @@ class MeetingPoint:
         self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._lock = threading.RLock()
         self._published_at_step = 0
+        self._began = (-math.inf, 0.0)
+        """When the last publication began, and what exchanges had cost by then."""
         self.last_progress = Progress(0, 0, 0, float("nan"), False)
         self._receive_after = 0.0
         self._hash_after = 0.0
@@ -148,7 +150,7 @@ class MeetingPoint:
             self.last_progress = progress
             self._run_errands()
             may = self.may_publish and self._clock.now() >= self.publish_not_before
-            due = may and progress.steps - self._published_at_step >= self.publish_every_steps
+            due = may and progress.steps - self._published_at_step >= self.publish_every_steps and self._affordable()
             sent = self._advance()
             begins = due and not self._outgoing.under_way
             receipts, lost = self._receive(at_once=begins or not progress.trained)
@@ -300,9 +302,20 @@ class MeetingPoint:
         self._receive_after = self._clock.now() + cost_s / limits.receive_time_fraction
         return tuple(receipts), lost
 
+    @property
+    def _exchanged_s(self) -> float:
+        """What publishing and receiving have cost so far."""
+        return self.time.spent.publish + self.time.spent.receive
+
+    def _affordable(self) -> bool:
+        """Whether exchanges since the last publication, itself included, are little enough of the time since."""
+        began_at, exchanged_s = self._began
+        return self._exchanged_s - exchanged_s <= limits.exchange_time_fraction * (self._clock.now() - began_at)
+
     def _begin(self, batches: int, share: float, by_owners: bool) -> None:
         """Own work, to everybody or, where there are any, to owners. If it is refused, it is tried again after as many steps as always."""
         self._published_at_step = self.last_progress.steps
+        self._began = (self._clock.now(), self._exchanged_s)
         with self.time.of("publish"):
             if by_owners and self.summing.plan.owners:
                 self._outgoing.contribute(self.summing, batches, share)
