@@ -69,6 +69,8 @@ class Sessions:
         self._upload = upload
         self._run = run
         self._accepting: dict[bytes, _Accepting] = {}
+        self._leaving: dict[Link, None] = {}
+        """Ended here, but their connections stand until the BYE was read."""
 
     # --- first messages (Receptionist) --------------------------------------------------------------------------------------
     def hello_came(self, route: Route, wire_hello: bytes) -> None:
@@ -180,6 +182,7 @@ class Sessions:
         """End a link after a BYE."""
         if not link.ended:
             link.goodbye(code, detail)
+            self._leaving[link] = None
             self._tasks.spawn(self._see_out(link), f"see out {link.peer[-6:]}")
 
     async def _see_out(self, link: Link) -> None:
@@ -189,6 +192,15 @@ class Sessions:
         except TimeoutError:
             pass  # the connection is stuck; the BYE is a courtesy
         link.stop()
+        self._leaving.pop(link, None)
+
+    def stop_all(self) -> None:
+        """Close every connection that is left, once no task runs that would: of links whose BYE was not read, and of dials that came
+        through while others were seen out. One open socket keeps the context from ending, and its reader callback busy, for ever."""
+        for link in [*self._leaving, *self.links.values()]:
+            link.stop()
+        self._leaving.clear()
+        self.links.clear()
 
     async def close(self, linger_s: float) -> None:
         """Say BYE on all links and wait until the peers have read it, at most `linger_s`. No LinkDown is queued."""

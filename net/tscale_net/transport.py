@@ -236,6 +236,7 @@ class ZmqTransport:
             self._door.close()
         await self._sessions.close(linger_s)
         await self._tasks.close()
+        self._sessions.stop_all()
         if self._listener is not None:
             self._listener.close()
         self._admission.close()

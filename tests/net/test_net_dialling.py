@@ -159,6 +159,21 @@ async def test_cancelled_dial_leaves_nothing_behind(arena: ZmqArena) -> None:
     assert await one.dial(address) == two.peer_id
 
 
+@pytest.mark.parametrize("turns", [0, 1, 3])
+async def test_closing_right_after_a_drop_leaves_no_socket_open(arena: ZmqArena, turns: int) -> None:
+    """An open socket would keep the context from ending, and close() with it."""
+    one, two = arena.make(1, listen=None), arena.make(2)
+    await one.start()
+    await one.dial((await two.start())[0])
+    link = next(iter(one._sessions.links.values()))
+    link.finished.wait = asyncio.Event().wait  # type: ignore[method-assign]  # the far end never reads the BYE
+    one.drop(two.peer_id, "goodbye")
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await one.close()
+
+
 async def test_two_hundred_crossings_never_flap(arena: ZmqArena) -> None:
     (one, address_one), (two, address_two) = await arena.peer(1), await arena.peer(2)
     for turn in range(200):
