@@ -3,13 +3,14 @@
 Enters: monitor events of the listening socket, the descriptor that every received message carries, delivered byte counts. Leaves: cuts of
 single connections, and calls when a connection is gone.
 
-Rules: caps in total and per IP at accept; a connection without HELLO within the limit is cut; one that received much more than it
-delivered holds an unfinished multi-part message, which libzmq would let grow without bound, and is cut. A cut is shutdown() on a
-duplicate of the descriptor; since descriptors are reused, the far address is compared first.
+Rules: caps in total, per IP and per network (/24, /64) at accept; a connection without HELLO within the limit is cut; one that received
+much more than it delivered holds an unfinished multi-part message, which libzmq would let grow without bound, and is cut. A cut is
+shutdown() on a duplicate of the descriptor; since descriptors are reused, the far address is compared first.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import socket
 import struct
@@ -35,6 +36,7 @@ class Accepted:
     def __init__(self, descriptor: int, far: tuple[str, int], now_s: float) -> None:
         self.descriptor = descriptor
         self.far = far
+        self.network = network_of(far[0])
         self.since_s = now_s
         self.welcome = False
         """Whether its first message was accepted."""
@@ -105,9 +107,12 @@ class ConnectionGuard:
         self._live.pop(descriptor, None)
         accepted = Accepted(descriptor, far, self._clock.now())
         of_ip = sum(1 for other in self._live.values() if other.far[0] == far[0])
+        network = network_of(far[0])
+        of_network = sum(1 for other in self._live.values() if other.network == network)
         self._live[descriptor] = accepted
-        if len(self._live) > limits.CONNECTIONS_TOTAL or (of_ip >= limits.CONNECTIONS_PER_IP and not is_loopback(far[0])):
-            counts = f"{len(self._live)} in all, {of_ip + 1} from {far[0]}"
+        crowd = of_ip >= limits.CONNECTIONS_PER_IP or of_network >= limits.CONNECTIONS_PER_NETWORK
+        if len(self._live) > limits.CONNECTIONS_TOTAL or (crowd and not is_loopback(far[0])):
+            counts = f"{len(self._live)} in all, {of_ip + 1} from {far[0]}, {of_network + 1} from {network}"
             self.cut(accepted, "too-many", f"Too many connections ({counts}); the newest was cut.")
 
     def check(self, elapsed_s: float, reading: bool) -> None:
@@ -140,6 +145,15 @@ class ConnectionGuard:
         """Stop watching."""
         self._router.disable_monitor()
         self._monitor.close(linger=0)
+
+
+def network_of(host: str) -> str:
+    """The IPv4 /24 or IPv6 /64 of an IP address: what one customer of a provider can take all addresses of."""
+    try:
+        prefix_bits = 64 if ":" in host else 24
+        return str(ipaddress.ip_network(f"{host.partition('%')[0]}/{prefix_bits}", strict=False))
+    except ValueError:
+        return host
 
 
 def _far_address(descriptor: int) -> tuple[str, int] | None:

@@ -107,6 +107,8 @@ CONNECTIONS_TOTAL = 256
 """Accepted TCP connections; a link has two."""
 CONNECTIONS_PER_IP = 32
 """16 peers behind one router (guess). Loopback is exempt."""
+CONNECTIONS_PER_NETWORK = 64
+"""Of one IPv4 /24 or IPv6 /64 (guess): a university room of 32 peers. Who owns a /64 has 2^64 addresses, so a cap per IP alone is none."""
 UNDELIVERED_BYTES = 12 * MIB
 """Received by TCP but not delivered as whole messages: an unfinished multi-part message may grow without bound inside libzmq otherwise.
 An honest connection holds at most its high-water mark (16 x 512 KiB) plus buffers."""

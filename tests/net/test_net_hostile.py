@@ -148,9 +148,7 @@ async def test_replayed_hello_is_refused(victim: tuple[ZmqTransport, Address], a
     assert await refusal(transport) == "replay"
 
 
-async def test_admitted_liar_is_counted_and_then_banned(
-    arena: ZmqArena, victim: tuple[ZmqTransport, Address], attacker: Attacker
-) -> None:
+async def test_admitted_liar_is_counted_and_then_banned(arena: ZmqArena, victim: tuple[ZmqTransport, Address], attacker: Attacker) -> None:
     transport, address = victim
     control, _, session = await attacker.join()
     await expect(transport, LinkUp)
@@ -270,6 +268,37 @@ async def test_connections_over_the_cap_are_cut(
         while len(transport._listener.guard):  # noqa: ASYNC110  libzmq tells of closed connections through the monitor only
             await asyncio.sleep(0.02)
     await still_works(arena, transport, address)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "cap", "cut"),
+    [
+        ([f"203.0.113.{number}" for number in range(5)], 4, 1),
+        ([f"2001:db8::{number}" for number in range(1, 7)], 4, 2),
+        ([f"203.0.{number}.1" for number in range(5)], 4, 0),
+        (["127.0.0.1"] * 5, 4, 0),
+    ],
+    ids=["one /24", "one /64", "five networks", "loopback"],
+)
+async def test_one_network_gets_only_so_many_connections(monkeypatch: pytest.MonkeyPatch, hosts: list[str], cap: int, cut: int) -> None:
+    monkeypatch.setattr(limits, "CONNECTIONS_PER_NETWORK", cap)
+    far = dict(enumerate(hosts))
+    monkeypatch.setattr(guard, "_far_address", lambda descriptor: (far[descriptor], 5) if descriptor in far else None)
+    cuts: list[str] = []
+    context = zmq.asyncio.Context()
+    router = context.socket(zmq.ROUTER)
+    watch = guard.ConnectionGuard(router, SystemClock(), lambda gone: None, lambda code, detail: cuts.append(f"{code} {detail}"))
+    monkeypatch.setattr(guard.os, "dup", _no_descriptor)
+    for descriptor in far:
+        watch._accept(descriptor)
+    watch.close()
+    router.close(linger=0)
+    context.term()
+    assert len(cuts) == cut and all("too-many" in text and guard.network_of(hosts[0]) in text for text in cuts)
+
+
+def _no_descriptor(descriptor: int) -> int:
+    raise OSError("not a connection")
 
 
 async def test_connection_without_hello_is_cut(
