@@ -1,6 +1,7 @@
 """`tscale model`: look at a model's shape; check this implementation against a golden file.
 
-Enters: `shape DIMS` or `conform FILE.npz`. Leaves: a table on stdout and an exit code: 0 conforms, 1 does not or the file cannot be used.
+Enters: `shape DIMS`, `conform FILE.npz`, or `info FILE.bin` (a checkpoint of the original). Leaves: a table on stdout and
+an exit code: 0 conforms or read, 1 does not or the file cannot be used.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ def add_parser(subparsers: Any) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     conform = actions.add_parser("conform", help="compare predictions and updates with a golden file", allow_abbrev=False)
     conform.add_argument("file", type=Path, metavar="FILE.npz", help="printed by the original's reference, or of the same layout")
+    info = actions.add_parser("info", help="what a checkpoint file of the original TScale holds", allow_abbrev=False)
+    info.add_argument("file", type=Path, metavar="FILE.bin", help="eden_gpt_*.bin; no weights are loaded")
     shape = actions.add_parser("shape", help="sizes, layers and parameter count of a dims string", allow_abbrev=False)
     shape.add_argument("dims", metavar="DIMS", help="for example e256h2d36w256")
     vocab_help = "tokens, the fragment-start token included (default %(default)s)"
@@ -31,6 +34,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises Refused for a file or a dims string that cannot be used, OSError for one that cannot be read."""
+    if arguments.action == "info":
+        return _info(arguments.file)
     return _conform(arguments.file) if arguments.action == "conform" else _shape(arguments)
 
 
@@ -42,6 +47,16 @@ def _conform(path: Path) -> int:
     for line in report_lines(outcome):
         print(line)
     return 0 if outcome.passed else 1
+
+
+def _info(path: Path) -> int:
+    from tscale_fed.export.original import read_original
+
+    found = read_original(path)
+    print(f"{path}: checkpoint of the original TScale, {found.parameters / 1e6:.3f}M parameters")
+    print(f"state {found.width}, {found.heads} heads of 128, feed-forward multiple {found.ffn_multiple}, {len(found.layers)} layers")
+    print(f"vocabulary {found.vocab}, {found.labels} embedding rows, flags {found.flags:#x}, fragments of {found.fragment_tokens} tokens")
+    return 0
 
 
 def _shape(arguments: argparse.Namespace) -> int:
