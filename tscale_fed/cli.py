@@ -37,6 +37,8 @@ COMMANDS = {
 
 SIMULATION = "sim"
 """`tscale-peer sim` simulates peers instead of being one."""
+DOCTOR = "doctor"
+"""`tscale-peer doctor` looks at this machine and its network."""
 
 _SYSTEM_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space, or put the home elsewhere with --home DIR",
@@ -61,6 +63,12 @@ def peer_main(argv: Sequence[str] | None = None) -> int:
         from tscale_fed.commands.sim import sim_parser
 
         return run_command("tscale-peer sim", "sim", sim_parser().parse_args(words[1:]))
+    if words[:1] == [DOCTOR]:
+        from tscale_fed.commands.doctor import doctor_parser
+
+        arguments = doctor_parser().parse_args(words[1:])
+        peer_arguments.resolve_home(arguments)
+        return run_command("tscale-peer doctor", "doctor", arguments)
     parser = peer_arguments.peer_parser()
     arguments = parser.parse_args(words)
     peer_arguments.check_peer_arguments(parser, arguments)

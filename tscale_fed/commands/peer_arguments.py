@@ -34,6 +34,7 @@ EPILOG = """examples:
   tscale-peer --bootstrap host.example.net:7700             join it: nothing else is needed
   tscale-peer --bootstrap 12D3KooW...@host:7700             the same, with the seed's identity pinned
   tscale-peer                                               go on with the run that this home knows
+  tscale-peer doctor                                        look at this machine and its network, with fixes
   tscale-peer sim --help                                    simulate whole swarms on this machine instead
 
 Ctrl+C once publishes what is left and leaves; twice stops at once. tscale-status shows a running peer.
