@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from tscale_net import limits
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity, curve_key_of, peer_id_of, verify
-from tscale_net.messages import HELLO_DOMAIN, Hello, HelloBody, decode, encode
+from tscale_net.messages import HELLO_DOMAIN, Hello, HelloBody, HelloHead, check_versions, decode, encode
 from tscale_net.ports import Clock, PeerId
 
 
@@ -78,8 +78,8 @@ class HelloGate:
     def check(self, wire: bytes, curve_key: bytes, run: bytes, *, reply_to: bytes = b"", expected: PeerId | None = None) -> HelloBody:
         """The body of a HELLO that passes. `curve_key` (z85) encrypted the connection, `run` is this peer's own.
 
-        Raises Refused with, in this order: bad-hello, not-for-me, self, clock-skew, bad-key, key-mismatch, wrong-peer, bad-signature,
-        replay, version, wrong-run.
+        Raises Refused with, in this order: version (if its head can be read), bad-hello, not-for-me, self, clock-skew, bad-key,
+        key-mismatch, wrong-peer, bad-signature, replay, wrong-run.
         """
         hello, body = _read(wire, reply_to)
         if body.destination != self._identity.public_key:
@@ -100,7 +100,6 @@ class HelloGate:
         if not verify(body.public_key, HELLO_DOMAIN, hello.body, hello.signature):
             raise Refused("bad-signature", f"The HELLO of {peer} has a wrong signature.")
         self._remember(body.public_key, body.nonce)
-        _check_versions(body)
         if run and body.run and run != body.run:
             raise Refused(
                 "wrong-run", f"The peer belongs to run {body.run.hex()[:16]}, this one to {run.hex()[:16]}. Use the join line of one run."
@@ -125,6 +124,11 @@ def _read(wire: bytes, reply_to: bytes) -> tuple[Hello, HelloBody]:
         raise Refused("bad-hello", f"A HELLO has {len(wire)} bytes; at most {limits.HELLO_BYTES} are accepted.")
     try:
         hello = decode(Hello, wire)
+        head = decode(HelloHead, hello.body)
+    except Refused as refusal:
+        raise Refused("bad-hello", refusal.detail) from refusal
+    check_versions(head)  # first: the rest of a newer version's HELLO need not have a form that is known here
+    try:
         body = decode(HelloBody, hello.body)
     except Refused as refusal:
         raise Refused("bad-hello", refusal.detail) from refusal
@@ -133,9 +137,3 @@ def _read(wire: bytes, reply_to: bytes) -> tuple[Hello, HelloBody]:
     if body.reply_to != reply_to:
         raise Refused("bad-hello", "The HELLO answers another question than the one that was asked.")
     return hello, body
-
-
-def _check_versions(body: HelloBody) -> None:
-    if max(body.protocol_min, limits.PROTOCOL_MIN) > min(body.protocol_max, limits.PROTOCOL_MAX):
-        theirs, ours = f"{body.protocol_min} to {body.protocol_max}", f"{limits.PROTOCOL_MIN} to {limits.PROTOCOL_MAX}"
-        raise Refused("version", f"The peer speaks protocol versions {theirs}, this one {ours}. Update the older program.")

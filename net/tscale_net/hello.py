@@ -19,7 +19,7 @@ from tscale_net import limits
 from tscale_net.address import Address, is_loopback
 from tscale_net.errors import Refused
 from tscale_net.identity import Identity, verify
-from tscale_net.messages import DOOR_DOMAIN, DoorBody, DoorReply, DoorRequest, decode, encode
+from tscale_net.messages import DOOR_DOMAIN, DoorBody, DoorHead, DoorReply, DoorRequest, check_versions, decode, encode
 from tscale_net.ports import Clock
 from tscale_net.token_bucket import TokenBucket
 
@@ -103,7 +103,7 @@ class HelloDoor:
 async def ask(target: Address, hosts: list[str]) -> DoorBody:
     """Ask the door of `target` (its port plus one) at the first of `hosts` that answers.
 
-    Raises Refused("needs-id") if none does, saying what was tried, and Refused("bad-signature" or "bad-message") for bad answers.
+    Raises Refused("needs-id") if none does, saying what was tried, and Refused("bad-signature", "version", "bad-message") for bad answers.
     """
     port = target.port + 1
     request = DoorRequest(limits.PROTOCOL_MIN, limits.PROTOCOL_MAX, secrets.token_bytes(limits.NONCE_BYTES))
@@ -133,10 +133,11 @@ async def _ask_host(host: str, port: int, request: DoorRequest, target: Address)
         reply = decode(DoorReply, await _read(reader, limits.DOOR_REPLY_BYTES))
     finally:
         writer.close()
-    body = decode(DoorBody, reply.body)
-    if body.nonce != request.nonce or not verify(body.public_key, DOOR_DOMAIN, reply.body, reply.signature):
+    head = decode(DoorHead, reply.body)
+    if head.nonce != request.nonce or not verify(head.public_key, DOOR_DOMAIN, reply.body, reply.signature):
         raise Refused("bad-signature", f"The hello door of {target.host_port} gave an answer that is not signed by the key it names.")
-    return body
+    check_versions(head)
+    return decode(DoorBody, reply.body)
 
 
 async def _read(reader: asyncio.StreamReader, limit: int) -> bytes:

@@ -1,13 +1,14 @@
 """One typed struct per message of this room, with one strict decoder each.
 
 Enters: bytes of a peer. Leaves: a struct whose fields all have the right type and length, or Refused("bad-message").
-Rule: fields are positional and unknown ones are refused, so every change of a struct is a new protocol version.
+Rule: fields are positional and unknown ones are refused, so every change of a struct is a new protocol version. What a newer program may
+send before versions are compared (HELLO, the hello door) is therefore read twice: first only its head, whose form never changes.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -54,6 +55,13 @@ TRANSFER_KINDS = frozenset(kind for kind in Kind if kind >= Kind.BLOB_OPEN)
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of all messages: positional, immutable, strict."""
+
+
+class HelloHead(msgspec.Struct, frozen=True, array_like=True):
+    """How every version of HelloBody and DoorRequest begins; fields after these are not looked at."""
+
+    protocol_min: Count
+    protocol_max: Count
 
 
 class HelloBody(Message, frozen=True):
@@ -109,12 +117,23 @@ class Ping(Message, frozen=True):
     number: Count
 
 
-class DoorRequest(Message, frozen=True):
-    """What a newcomer that knows only host:port asks the hello door."""
+class DoorRequest(msgspec.Struct, frozen=True, array_like=True):
+    """What a newcomer that knows only host:port asks the hello door. Fields that newer versions append are not looked at: the answer states
+    the versions spoken here."""
 
     protocol_min: Count
     protocol_max: Count
     nonce: Nonce
+
+
+class DoorHead(msgspec.Struct, frozen=True, array_like=True):
+    """How every version of DoorBody begins; fields after these are not looked at."""
+
+    public_key: Key
+    nonce: Nonce
+    unix_ms: Count
+    protocol_min: Count
+    protocol_max: Count
 
 
 class DoorBody(Message, frozen=True):
@@ -191,18 +210,18 @@ class BlobClose(Message, frozen=True):
     transfer: Count
 
 
-_M = TypeVar("_M", bound=Message)
+_M = TypeVar("_M", bound=msgspec.Struct)
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODERS: dict[type[Message], msgspec.msgpack.Decoder[Message]] = {
+_DECODERS: dict[type[msgspec.Struct], msgspec.msgpack.Decoder[Any]] = {
     message: msgspec.msgpack.Decoder(message)
     for message in (
-        HelloBody, Hello, Attach, Bye, Ping, DoorRequest, DoorBody, DoorReply,
+        HelloHead, HelloBody, Hello, Attach, Bye, Ping, DoorRequest, DoorHead, DoorBody, DoorReply,
         BlobOpen, BlobOpened, BlobFailed, BlobHashesWanted, BlobHashes, BlobWanted, BlobClose,
     )
 }  # fmt: skip
 
 
-def encode(message: Message) -> bytes:
+def encode(message: msgspec.Struct) -> bytes:
     """msgpack bytes of a message."""
     return _ENCODER.encode(message)
 
@@ -215,6 +234,13 @@ def decode(message: type[_M], data: bytes) -> _M:
         raise Refused("bad-message", f"A {message.__name__} message is malformed: {str(error)[:150]}") from error
     assert isinstance(value, message)
     return value
+
+
+def check_versions(head: HelloHead | DoorHead) -> None:
+    """Raises Refused("version") if the other side has no protocol version in common with this one."""
+    if max(head.protocol_min, limits.PROTOCOL_MIN) > min(head.protocol_max, limits.PROTOCOL_MAX):
+        theirs, ours = f"{head.protocol_min} to {head.protocol_max}", f"{limits.PROTOCOL_MIN} to {limits.PROTOCOL_MAX}"
+        raise Refused("version", f"The peer speaks protocol versions {theirs}, this one {ours}. Update the older program.")
 
 
 def bye_of(code: str, detail: str) -> Bye:

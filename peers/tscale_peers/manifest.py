@@ -135,6 +135,7 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def check(self) -> RunManifest:
         """Return self, or raise Refused("bad-manifest") naming the field and the fix."""
+        _check_version(self.version)
         for wrong, sentence in _faults(self):
             if wrong:
                 raise Refused("bad-manifest", f"run manifest: {sentence}")
@@ -161,12 +162,25 @@ class RunManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if run_id is not None and blake3.blake3(data).digest() != run_id:
             raise Refused("bad-manifest", "run manifest: its hash is not the run id that the peer stated; ask another peer")
         try:
+            _check_version(msgspec.msgpack.decode(data, type=_Head).version)  # first: a newer one has fields that are not known here
             manifest = msgspec.msgpack.decode(data, type=RunManifest)
         except (msgspec.DecodeError, RecursionError, ValueError) as error:
             raise Refused("bad-manifest", f"run manifest: {error}") from None
         if run_id is not None and manifest.encode() != data:
             raise Refused("bad-manifest", "run manifest: not in canonical form")
         return manifest.check()
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """What every version of a manifest states; other fields are not looked at."""
+
+    version: int = MANIFEST_VERSION
+
+
+def _check_version(version: int) -> None:
+    if version != MANIFEST_VERSION:
+        sentence = f"version {version} is not spoken here but {MANIFEST_VERSION}; update the older side"
+        raise Refused("bad-manifest", f"run manifest: {sentence}")
 
 
 def _faults(m: RunManifest) -> list[tuple[bool, str]]:
@@ -176,7 +190,6 @@ def _faults(m: RunManifest) -> list[tuple[bool, str]]:
     total = sum(t.rows * t.cols for t in m.tensors) if shapes_ok else 0
     chunks = sum(-(-t.rows // (m.chunk_params // t.cols)) for t in m.tensors) if shapes_ok else 0
     return [
-        (m.version != MANIFEST_VERSION, f"version {m.version} is not spoken here but {MANIFEST_VERSION}; update the older side"),
         (not _is_name(m.name, MAX_NAME_CHARACTERS), f"name must be 1 to {MAX_NAME_CHARACTERS} printable characters"),
         (not m.tensors, "lists no tensors"),
         (len(m.tensors) > MAX_TENSORS, f"lists more than {MAX_TENSORS} tensors"),

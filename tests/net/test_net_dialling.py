@@ -7,6 +7,7 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from net_kit import ZmqArena, identity
 
@@ -16,6 +17,7 @@ from tscale_net.address_book import AddressBook
 from tscale_net.conformance import expect, refusal_of
 from tscale_net.dialler import probe, resolve
 from tscale_net.errors import Refused
+from tscale_net.messages import DOOR_DOMAIN, DoorBody, DoorReply, decode
 from tscale_net.ports import Channel, Frame, LinkDown, LinkUp
 
 
@@ -220,3 +222,35 @@ async def test_ipv6_loopback(arena: ZmqArena) -> None:
     assert (await expect(two, LinkUp)).address.startswith("[::1]:")
     again = arena.make(3, listen=None)
     assert await again.dial(bare(address)) == two.peer_id
+
+
+async def _read_framed(reader: asyncio.StreamReader) -> bytes:
+    return await reader.readexactly(int.from_bytes(await reader.readexactly(2), "little"))
+
+
+async def test_a_newer_door_is_refused_for_its_version(arena: ZmqArena) -> None:
+    one, _ = await arena.peer(1)
+    newer = identity(5)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonce = msgspec.msgpack.decode(await _read_framed(reader))[2]
+        body = msgspec.msgpack.encode([newer.public_key, nonce, 0, 2, 3, "of another", ["form"]])
+        reply = msgspec.msgpack.encode([body, newer.sign(DOOR_DOMAIN, body)])
+        writer.write(len(reply).to_bytes(2, "little") + reply)
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    refused = await refusal_of(one.dial(f"127.0.0.1:{server.sockets[0].getsockname()[1] - 1}"))
+    assert refused.code == "version" and "2 to 3" in refused.detail
+    server.close()
+
+
+async def test_the_door_answers_a_newer_question_with_its_own_versions(arena: ZmqArena) -> None:
+    _, address = await arena.peer(1)
+    target = parse(address)
+    reader, writer = await asyncio.open_connection(target.host, target.port + 1)
+    question = msgspec.msgpack.encode([2, 3, bytes(16), "a field of a later version"])
+    writer.write(len(question).to_bytes(2, "little") + question)
+    body = decode(DoorBody, decode(DoorReply, await _read_framed(reader)).body)
+    assert (body.protocol_min, body.protocol_max) == (limits.PROTOCOL_MIN, limits.PROTOCOL_MAX)
+    writer.close()

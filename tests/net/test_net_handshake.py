@@ -110,6 +110,18 @@ def test_lies_have_their_codes() -> None:
     assert scene.check(honest), "lies about a HELLO do not use it up"
 
 
+def test_versions_are_compared_before_the_form_of_what_follows() -> None:
+    scene = Scene()
+    fields = msgspec.msgpack.decode(decode(Hello, scene.hello()).body)
+
+    def newer(*versions: int) -> bytes:
+        body = msgspec.msgpack.encode([*versions, *fields[2:], "a field of a later version"])
+        return encode(Hello(body, ALICE.sign(HELLO_DOMAIN, body)))
+
+    assert scene.refusal(newer(limits.PROTOCOL_MAX + 1, limits.PROTOCOL_MAX + 1)) == "version"
+    assert scene.refusal(newer(limits.PROTOCOL_MIN, limits.PROTOCOL_MAX)) == "bad-hello", "a known version has its known form"
+
+
 def test_replay_is_refused_as_long_as_its_time_would_pass() -> None:
     scene = Scene()
     hello = scene.hello()

@@ -41,6 +41,13 @@ def test_bytes_of_another_run_are_refused() -> None:
     assert refusal.value.code == "bad-manifest" and "run id" in refusal.value.detail
 
 
+def test_a_newer_manifest_is_refused_for_its_version_whatever_else_is_in_it() -> None:
+    plain = {**msgspec.msgpack.decode(make().encode()), "version": 2, "a_later_field": {"x": 1}, "limits": "of another form"}
+    data = msgspec.msgpack.encode(plain)
+    with pytest.raises(Refused, match="version 2 is not spoken here"):
+        RunManifest.decode(data, blake3(data).digest())
+
+
 @pytest.mark.parametrize(
     ("changes", "word"),
     [
