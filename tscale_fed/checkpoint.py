@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import blake3
+import safetensors
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -170,6 +171,31 @@ class CheckpointStore:
             what = f"checkpoint not written, the disk of {self.folder} is full ({_reason(error)}): free some space"
             return Refused("disk-full", f"{what}; {held}")
         return Refused("cannot-write", f"checkpoint not written in {self.folder}: {_reason(error)}; check its permissions; {held}")
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The facts of one checkpoint, without its tensors. Raises Refused("damaged-checkpoint")."""
+    facts: dict[str, Any] = _read_state(path)["facts"]
+    return facts
+
+
+def read_tensor(path: Path, name: str, values: int) -> torch.Tensor:
+    """One float tensor [values] of a checkpoint as float32, in memory of its own. The file's size is checked, its hash is not: it takes as
+    long as reading all of it.
+
+    Raises Refused("damaged-checkpoint"), before memory is taken, if it is not there or of another size.
+    """
+    state, file = _read_state(path), path / TENSORS_FILE
+    if _size(file) != state["files"][TENSORS_FILE][0]:
+        raise Refused("damaged-checkpoint", f"checkpoint {path.name}: {TENSORS_FILE} is missing or cut off (its size differs)")
+    try:
+        with safetensors.safe_open(file, framework="pt") as tensors:
+            if name not in tensors.keys() or tensors.get_slice(name).get_shape() != [values]:
+                raise Refused("damaged-checkpoint", f"checkpoint {path.name}: it has no {values} {name}; it belongs to another model")
+            found: torch.Tensor = tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise Refused("damaged-checkpoint", f"checkpoint {path.name}: {TENSORS_FILE} cannot be read: {error}") from None
+    return found.float()
 
 
 def _reason(error: Exception) -> str:

@@ -30,6 +30,7 @@ COMMANDS = {
     "data": "turn text into token shards, look at them",
     "tokenizer": "make a tokenizer from text, look at one",
     "model": "look at a model; check this machine against a golden file",
+    "generate": "let a model go on with a text",
     "bench": "measure codec, links, joins and kernels on this machine",
     "demo": "a seed and two peers on this machine, learning real text",
 }

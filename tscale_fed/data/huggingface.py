@@ -39,7 +39,7 @@ class HuggingFaceTokenizer:
     def __init__(self, inner: tokenizers.Tokenizer, record: TokenizerRecord, name: str, source: bytes | None) -> None:
         """`source`: content of tokenizer.json, kept because joining peers fetch it; None where the ids come with the package."""
         self._inner = inner
-        self._byte_level = isinstance(inner.decoder, tokenizers.decoders.ByteLevel)
+        self.byte_level = isinstance(inner.decoder, tokenizers.decoders.ByteLevel)
         self._bytes_of: dict[int, bytes] | None = None
         self.record = record
         self.name = name
@@ -66,7 +66,7 @@ class HuggingFaceTokenizer:
         if any(i < 0 or i >= self.vocab for i in wanted):
             raise Refused("bad-token", f"Token ids of {self.name} are 0 to {self.vocab - 1}.")
         own = [i for i in wanted if i < self.fragment_start and i != self.doc_start]
-        if self._byte_level:
+        if self.byte_level:
             # Through bytes, not text: a fragment may begin or end inside a character.
             table = self._byte_table()
             return b"".join(table.get(i, b"") for i in own)

@@ -37,20 +37,26 @@ class Cache:
         self.length[slot] = 0
         self.start[slot] = 0
 
-    def distances(self, slots: Tensor, width: int) -> Tensor:
+    def move(self, source: int, target: int) -> None:
+        """The sequence of slot `source` to `target`; what was there is lost."""
+        for each in (*self.keys, *self.values, self.length, self.start):
+            each[target].copy_(each[source])
+        self.clear(source)
+
+    def distances(self, rows: slice, width: int) -> Tensor:
         """int64 [S, width]: how far before the next position each place of a ring lies, 1..width."""
         place = torch.arange(width, device=self.length.device)
-        return 1 + (self.length[slots, None] - 1 - place) % width
+        return 1 + (self.length[rows, None] - 1 - place) % width
 
-    def write(self, layer: int, slots: Tensor, positions: Tensor, key: Tensor, value: Tensor) -> None:
+    def write(self, layer: int, rows: slice, positions: Tensor, key: Tensor, value: Tensor) -> None:
         """Keep key and value [S, H, n, 128] of positions [S, n], in rising order; of more than fit, the last."""
         width = self.widths[layer]
         if positions.shape[1] > width:
             positions, key, value = positions[:, -width:], key[:, :, -width:], value[:, :, -width:]
         place = SINK + positions % width
-        rows = slots[:, None].expand_as(place)
-        self.keys[layer][rows, :, place] = key.transpose(1, 2)
-        self.values[layer][rows, :, place] = value.transpose(1, 2)
+        each = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[layer][rows][each, :, place] = key.transpose(1, 2)
+        self.values[layer][rows][each, :, place] = value.transpose(1, 2)
 
     @property
     def bytes(self) -> int:

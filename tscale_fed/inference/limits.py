@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 prefill_tokens = 256
-"""Prompt tokens that go through the model at once: products are efficient from there on, and the scores of a window of 1024 take 4 MB a head."""
+"""Prompt tokens that go through the model at once: products are efficient from there on."""
 default_slots = 16
 """Sequences that are decoded together, unless told otherwise."""
 default_new_tokens = 256

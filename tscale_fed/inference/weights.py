@@ -85,7 +85,9 @@ class DecodingWeights:
 def prepare_weights(shape: ModelShape, flat: Tensor, bias: Tensor, device: torch.device, kind: Format) -> DecodingWeights:
     """flat: fp [parameters], any device. bias: fp32 [V], natural units. Raises Refused("bad-model") if sizes do not fit."""
     if flat.shape != (shape.trained_parameters,) or bias.shape != (shape.vocab,):
-        raise Refused("bad-model", f"the weights are not those of a model {shape.dims}: {flat.numel()} of {shape.trained_parameters} values")
+        raise Refused(
+            "bad-model", f"the weights are not those of a model {shape.dims}: {flat.numel()} of {shape.trained_parameters} values"
+        )
     compute = torch.float32 if kind == "float32" else torch.bfloat16
     parts = _matrices(shape, flat)
     channels, columns = blocked_channels(shape.heads), blocked_columns(shape.heads)
@@ -101,9 +103,7 @@ def prepare_weights(shape: ModelShape, flat: Tensor, bias: Tensor, device: torch
         get = {name.rpartition(".")[2]: part for name, part in parts.items() if name.startswith(f"layers.{index}.")}
         joined = torch.cat((get["query"], get["gate"][channels], get["value"][channels], get["key"]))
         layers.append(
-            LayerMatrices(
-                layer_kind, matrix(joined), matrix(get["combiner"][:, columns]), matrix(get["ffn_up"]), matrix(get["ffn_down"])
-            )
+            LayerMatrices(layer_kind, matrix(joined), matrix(get["combiner"][:, columns]), matrix(get["ffn_up"]), matrix(get["ffn_down"]))
         )
     embedding = parts["embedding"].to(device, torch.float32 if kind == "float32" else torch.bfloat16)
     return DecodingWeights(shape, compute, embedding, tuple(layers), matrix(parts["final"]), bias.float().to(device))
