@@ -124,9 +124,11 @@ def test_wire_messages_are_frozen() -> None:
         "BlobWanted": ("transfer", "chunks"),
         "Bye": ("code", "detail"),
         "DoorBody": ("public_key", "nonce", "unix_ms", "protocol_min", "protocol_max", "run", "name", "link_port", "observed"),
+        "DoorHead": ("public_key", "nonce", "unix_ms", "protocol_min", "protocol_max"),
         "DoorReply": ("body", "signature"),
         "DoorRequest": ("protocol_min", "protocol_max", "nonce"),
         "Hello": ("body", "signature"),
+        "HelloHead": ("protocol_min", "protocol_max"),
         "HelloBody": (
             "protocol_min", "protocol_max", "public_key", "destination", "nonce", "unix_ms", "reply_to", "instance", "order", "session",
             "run", "name", "addresses",
